@@ -1,0 +1,80 @@
+"""The closed vocabulary of batches: every tensor a loader may hand to an objective has one name, shape and meaning."""
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from polysense.base.errors import UserError
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Key:
+    shape: str                               # legend: B batch, V views, T frames, L tokens, N objects, H W pixels
+    dtype: str                               # "float", "int" or "bool"
+    means: str
+
+
+VOCABULARY: dict[str, Key] = {
+    "index": Key("B", "int", "position of the sample in its source; always offered, for error messages"),
+    "image": Key("B 3 H W", "float", "picture, normalised as the preset's feed says"),
+    "views": Key("B V 3 H W", "float", "V independently augmented views of the same picture"),
+    "text": Key("B L", "int", "token ids, trimmed to the longest of the batch"),
+    "text_mask": Key("B L", "bool", "True where `text` holds a real token, False on padding"),
+    "label": Key("B", "int", "class number"),
+    "tags": Key("B C", "float", "multi-label targets, 0 or 1"),
+    "video": Key("B T 3 H W", "float", "frames, normalised"),
+    "audio": Key("B S", "float", "mono samples in [-1, 1] at the feed's rate"),
+    "regions": Key("B N D", "float", "features of detected regions"),
+    "boxes": Key("B N 4", "float", "boxes as x0 y0 x1 y1 in [0, 1]; rows of -1 are padding"),
+    "box_label": Key("B N", "int", "class of each box; -1 is padding"),
+    "mask": Key("B N H W", "bool", "one mask an object"),
+    "depth": Key("B 1 H W", "float", "distance, 0 near to 1 far"),
+    "hint": Key("B C H W", "float", "spatial condition: edges, depth, segments"),
+    "edited": Key("B 3 H W", "float", "`image` after the instruction in `text`"),
+    "question": Key("B L", "int", "token ids of a question"),
+    "answer": Key("B L", "int", "token ids of its answer"),
+    "origin": Key("B 3", "float", "start of a camera ray"),
+    "direction": Key("B 3", "float", "unit direction of a camera ray"),
+    "rgb": Key("B 3", "float", "colour seen along a ray, in [0, 1]"),
+}
+
+
+class Losses(dict[str, Tensor]):
+    """Named scalar terms to minimise; `keep` carries detached tensors that after_step needs (queue keys, teacher logits)."""
+
+    def __init__(self, **terms: Tensor):
+        super().__init__(terms)
+        self.keep: dict[str, Tensor] = {}
+
+    def keeping(self, **tensors: Tensor) -> "Losses":
+        self.keep |= {k: v.detach() for k, v in tensors.items()}
+        return self
+
+    def total(self, weights: Iterable[tuple[str, float]] = ()) -> Tensor:
+        """Weighted sum; a term without a weight counts once, a weight without a term is an error."""
+        weight = dict(weights)
+        if extra := set(weight) - set(self):
+            raise UserError(f"weights name no loss term: {sorted(extra)}", f"the terms are {sorted(self)}")
+        return torch.stack([weight.get(k, 1.0) * v for k, v in self.items()]).sum()
+
+
+def check_batch(batch: Batch, needs: Iterable[str]) -> None:
+    """Refuses a batch that lacks a needed key, has a key outside the vocabulary, or a tensor of wrong rank or kind.
+
+    Raises UserError that names the key, what it should be and what it is.
+    """
+    for need in needs:
+        if not any(k in batch for k in need.split("|")):
+            raise UserError(f"the batch lacks {need!r}", f"it has {sorted(batch)}")
+    for name, value in batch.items():
+        if name not in VOCABULARY:
+            raise UserError(f"{name!r} is not a batch key", f"the keys are {', '.join(VOCABULARY)}")
+        key = VOCABULARY[name]
+        if value.ndim != len(key.shape.split()):
+            raise UserError(f"{name!r} has shape {tuple(value.shape)}", f"it should be [{key.shape}]: {key.means}")
+        kind = "bool" if value.dtype == torch.bool else "float" if value.is_floating_point() else "int"
+        if kind != key.dtype:
+            raise UserError(f"{name!r} holds {value.dtype}", f"it should be {key.dtype}: {key.means}")

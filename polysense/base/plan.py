@@ -1,0 +1,110 @@
+"""The plan of a run, as values: how samples become batches (Feed), how a stage trains (Stage), what it stands on (Start)."""
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from polysense.base.spec import Spec
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagePlan(Spec):
+    """How a picture is read where nothing is random: exams, search, capabilities."""
+    size: int
+    fit: str = "crop"                                   # "crop": short side to size, centre crop; "squash": ignore the aspect ratio
+    resample: str = "bicubic"                           # "bicubic" or "bilinear", antialiased
+    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)   # CLIP's; the ImageNet and 0.5 triples stand in recipes
+    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewPlan(Spec):
+    """One random view of a picture. A chance of 0 switches a step off; the defaults change nothing but the crop."""
+    size: int
+    scale: tuple[float, float] = (0.9, 1.0)             # area of the random resized crop
+    ratio: tuple[float, float] = (0.75, 4 / 3)
+    flip: float = 0.0
+    jitter: float = 0.0                                 # chance of colour jitter
+    jitter_by: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)     # brightness contrast saturation hue
+    grey: float = 0.0
+    blur: float = 0.0
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    solarize: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextPlan(Spec):
+    """Which tokeniser, and how long a text may be (start and end tokens included)."""
+    kind: str = "bpe"                                   # "bpe": CLIP's lower-cased byte-level BPE; "wordpiece": BERT's
+    vocab: int                                          # upper bound; a tokeniser trained on few captions may stay below it
+    length: int
+    pad: str = "end"                                    # "end": pad with the end token (transformers); "zero": with 0 (OpenAI)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feed(Spec):
+    """How samples become batches. None or empty: that key is not made."""
+    image: ImagePlan | None = None                      # how `image` is read outside training
+    train_image: ViewPlan | None = None                 # the random view that becomes `image` in training (None: same as outside)
+    views: tuple[ViewPlan, ...] = ()                    # becomes `views`, all of one size
+    text: TextPlan | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim(Spec):
+    """The optimiser and its schedule. `lr` is for the stage's own batch size."""
+    name: str = "adamw"                                 # adamw, adam, sgd, lars, lamb
+    lr: float
+    weight_decay: float = 0.0                           # never on biases, norms, and parameters of fewer than two dimensions
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    momentum: float = 0.9                               # sgd, lars
+    clip: float | None = None                           # largest gradient norm
+    layer_decay: float = 1.0                            # lr_l = lr * layer_decay ** (L - l) along the tower's depth
+    schedule: str = "cosine"                            # cosine, linear, constant, step, rsqrt
+    warmup: int = 0                                     # steps of linear warm-up
+    final: float = 0.0                                  # the last lr as a fraction of lr
+    milestones: tuple[float, ...] = ()                  # "step": fractions of the stage at which lr is divided by ten
+    lr_scale: tuple[tuple[str, float], ...] = ()        # (parameter pattern, factor) pairs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage(Spec):
+    """One phase of training.
+
+    `objective(system, batch) -> Losses`. Where `embed(system, batch) -> dict[str, Tensor]` is given, the objective receives
+    what it returns in place of the batch: that split is what lets a contrastive batch be encoded in chunks (gradient caching).
+    """
+    name: str = "train"
+    objective: Callable[..., Any]
+    embed: Callable[..., Any] | None = None
+    trainable: tuple[str, ...] = ("*",)                 # fnmatch patterns over parameter names
+    weights: tuple[tuple[str, float], ...] = ()         # (loss term, factor) pairs
+    steps: int
+    batch_size: int                                     # global: over all ranks and accumulation
+    optim: Optim
+    chunk: int | None = None                            # with `embed`: encode this many samples at a time, exactly
+    accumulate: int = 1                                 # without `embed`: split the batch and add gradients
+    ema: float | None = None                            # decay of an averaged copy of the weights, saved beside them
+    precision: str = "auto"                             # auto (bf16 where the hardware has it), bf16, fp32
+    compile: bool = False
+    checkpoint_activations: bool = False
+    run: Callable[..., Any] | None = None               # another generator than train.fit (GANs, policy gradients)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start(Spec):
+    """Weights that a preset stands on: `into` of this system takes `take` of a trained run of `from_`."""
+    into: str
+    from_: str
+    take: str = ""
+    preset: str = "tiny"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset(Spec):
+    """A system's configuration and the whole plan of its training."""
+    config: Spec
+    stages: tuple[Stage, ...]
+    data: str                                           # sources joined by "+", as `--data` takes them
+    feed: Feed = Feed()
+    starts: tuple[Start, ...] = ()

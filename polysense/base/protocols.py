@@ -1,0 +1,103 @@
+"""What a task, a pipeline or an agent may ask of a system. Structural: a system never inherits from these. Torch-free."""
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from torch import Tensor, device
+
+    from polysense.base.plan import Preset
+
+
+@runtime_checkable
+class EncodesImage(Protocol):
+    def encode_image(self, image: Tensor) -> Tensor:
+        """image [B,3,H,W], normalised as the feed says -> [B,D], unit norm."""
+        ...
+
+
+@runtime_checkable
+class EncodesText(Protocol):
+    def encode_text(self, text: Tensor) -> Tensor:
+        """text [B,L] token ids -> [B,D], unit norm, in the space of encode_image where the system has both."""
+        ...
+
+
+@runtime_checkable
+class EncodesPatches(Protocol):
+    def encode_patches(self, image: Tensor) -> Tensor:
+        """image [B,3,H,W] -> [B,h,w,D], unit norm, comparable with encode_text: what heat-maps are drawn from."""
+        ...
+
+
+@runtime_checkable
+class EncodesVideo(Protocol):
+    def encode_video(self, video: Tensor) -> Tensor:
+        """video [B,T,3,H,W] -> [B,D], unit norm."""
+        ...
+
+
+@runtime_checkable
+class EncodesAudio(Protocol):
+    def encode_audio(self, audio: Tensor) -> Tensor:
+        """audio [B,S] -> [B,D], unit norm."""
+        ...
+
+
+@runtime_checkable
+class Classifies(Protocol):
+    def classify(self, image: Tensor) -> Tensor:
+        """image [B,3,H,W] -> logits [B,C] over the classes it was trained on."""
+        ...
+
+
+@runtime_checkable
+class GeneratesText(Protocol):
+    def generate_text(self, image: Tensor, prompt: Tensor, *, max_new: int) -> Tensor: ...
+
+
+@runtime_checkable
+class GeneratesImage(Protocol):
+    def generate_image(self, text: Tensor, *, steps: int, **control: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class RendersView(Protocol):
+    def render_view(self, origin: Tensor, direction: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class AnswersAboutVideo(Protocol):
+    def answer_about_video(self, video: Tensor, question: str) -> str: ...
+
+
+class Subject(Protocol):
+    """What an exam examines and the app stands on: a system with everything needed to feed it. `Pipeline` is one."""
+    system: Any
+    preset: Preset
+    tokenizer: Any
+    device: device
+
+    def read_images(self, images: list[Any]) -> Tensor:
+        """Paths, PIL pictures or uint8 arrays -> [B,3,H,W] on the device."""
+        ...
+
+    def read_texts(self, texts: list[str]) -> Tensor:
+        """Strings -> token ids [B,L] on the device."""
+        ...
+
+
+CAPABILITIES: dict[str, type] = {
+    "encode_image": EncodesImage, "encode_text": EncodesText, "encode_patches": EncodesPatches, "encode_video": EncodesVideo,
+    "encode_audio": EncodesAudio, "classify": Classifies, "generate_text": GeneratesText, "generate_image": GeneratesImage,
+    "render_view": RendersView, "answer_about_video": AnswersAboutVideo,
+}
+
+
+def fulfils(thing: object, capability: str) -> bool:
+    return isinstance(thing, CAPABILITIES[capability])
+
+
+def capabilities(cls: type) -> tuple[str, ...]:
+    """The capabilities that a class implements, in the order of the table above."""
+    return tuple(k for k, p in CAPABILITIES.items() if issubclass(cls, p))

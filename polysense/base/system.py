@@ -1,0 +1,74 @@
+"""The one base class of every trainable system. Torch starts here."""
+from abc import ABC
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import Any, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from polysense.base.batch import Batch, Losses
+from polysense.base.errors import UserError
+from polysense.base.plan import Feed, ImagePlan, Optim, Preset, Stage, Start, TextPlan, ViewPlan
+from polysense.base.spec import Configured, Spec
+
+__all__ = ["After", "Batch", "Feed", "ImagePlan", "Losses", "Optim", "Part", "Preset", "Spec", "Stage", "Start", "System", "TextPlan",
+           "ViewPlan", "final"]
+
+T = TypeVar("T", bound=type)
+
+
+@dataclass
+class After:
+    """What a system may look at when it moves its non-gradient state."""
+    step: int                                # steps done in this stage, counting this one
+    progress: float                          # step / stage.steps
+    optimizer: torch.optim.Optimizer
+    keep: dict[str, Tensor]                  # what the objective kept
+
+
+class Part(Configured, nn.Module):
+    """A building block: built from its own nested Config, knows nothing of systems."""
+
+
+class System(Part, ABC):
+    """Holds weights, implements capabilities, offers objectives. Archetypes are abstract, recipes are `@final`."""
+
+    def after_start(self) -> None:
+        """Called once after the Starts' weights are in: copies taken of them (teachers) are made or refreshed here."""
+
+    def after_step(self, after: After) -> None:
+        """Non-gradient state (EMA teachers, queues, centres) moves here and nowhere else."""
+
+    def choose_trainable(self, patterns: Iterable[str]) -> None:
+        """Freeze everything but the parameters whose names match; a pattern that matches nothing is an error."""
+        patterns, names = tuple(patterns), [n for n, _ in self.named_parameters()]
+        for pattern in patterns:
+            if not any(fnmatch(n, pattern) for n in names):
+                raise UserError(f"trainable={pattern!r} matches no parameter", f"the first names are {', '.join(names[:4])}")
+        for name, p in self.named_parameters():
+            p.requires_grad_(any(fnmatch(name, q) for q in patterns))
+
+    def train(self, mode: bool = True) -> Self:
+        """As in torch, but a module all of whose parameters are frozen stays in eval mode, at any depth."""
+        super().train(mode)
+        if mode:
+            for m in self.modules():
+                ps = list(m.parameters())
+                if ps and not any(p.requires_grad for p in ps):
+                    m.eval()
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+
+def final(cls: T) -> T:
+    """Marks the class of a recipe: may not be subclassed."""
+    def refuse(sub: Any, **kw: Any) -> None:
+        raise TypeError(f"{cls.__name__} is a finished system; share code through an archetype or a part instead")
+    cls.__init_subclass__ = classmethod(refuse)  # type: ignore[assignment]
+    cls.is_final = True  # type: ignore[attr-defined]
+    return cls
