@@ -3,10 +3,10 @@ from polysense.base.catalogue import catalogue, load
 from polysense.base.errors import UserError
 
 __version__ = "0.1.0"
-__all__ = ["UserError", "catalogue", "load", "open", "__version__"]
+__all__ = ["UserError", "__version__", "catalogue", "load", "open"]
 
 
-def open(path, *, system: str | None = None, layout: str | None = None, device: str | None = None):  # noqa: A001 - the public verb
+def open(path, *, system: str | None = None, layout: str | None = None, device: str | None = None):
     """Open a run folder, an official checkpoint folder or a hub id as a Pipeline (files and strings in, answers out).
 
     See `polysense.pipeline.open_pipeline` for the arguments and errors.
