@@ -1,0 +1,48 @@
+"""Random batches that fit a preset's feed and the batch vocabulary: what contract and system tests train on."""
+import torch
+
+from polysense.base.batch import Batch
+from polysense.base.system import Preset
+
+CLASSES = 3
+
+
+def fake_batch(preset: Preset, keys: tuple[str, ...], n: int = 4, seed: int = 0) -> Batch:
+    """One batch of n samples with just these keys (of alternatives "a|b" the first)."""
+    g, feed = torch.Generator().manual_seed(seed), preset.feed
+    made: Batch = {}
+    for key in (k.split("|")[0] for k in keys):
+        if key == "image":
+            size = feed.train_image.size if feed.train_image else feed.image.size
+            made[key] = torch.randn(n, 3, size, size, generator=g)
+        elif key == "views":
+            made[key] = torch.randn(n, len(feed.views), 3, feed.views[0].size, feed.views[0].size, generator=g)
+        elif key == "text":
+            text = torch.randint(5, 60, (n, 8), generator=g)
+            text[:, 0], text[:, -1] = 1, 2
+            made[key] = text
+        elif key == "text_mask":
+            made[key] = torch.ones(n, 8, dtype=torch.bool)
+        elif key == "label":
+            made[key] = torch.arange(n) % CLASSES
+        elif key == "tags":
+            made[key] = torch.rand(n, CLASSES, generator=g).round()
+        else:
+            raise KeyError(f"tests/fake.py cannot make {key!r} yet: add it")
+    return made
+
+
+class Strict(dict):
+    """A batch that remembers what was read and refuses what the card does not declare."""
+
+    def __init__(self, batch: Batch, allowed: set[str]):
+        super().__init__(batch)
+        self.allowed, self.read = allowed, set()
+
+    def __getitem__(self, key: str):
+        assert key in self.allowed, f"reads {key!r}, which card.needs does not declare"
+        self.read.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key, default=None):
+        return self[key] if key in self else default
