@@ -45,4 +45,4 @@ class Strict(dict):
         return super().__getitem__(key)
 
     def get(self, key, default=None):
-        return self[key] if key in self else default
+        return self[key] if super().__contains__(key) else default

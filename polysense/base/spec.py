@@ -103,7 +103,7 @@ def _set(out: Any, path: list[str], value: Any, whole: str) -> Any:
         if not head.lstrip("-").isdigit() or not -len(out) <= int(head) < len(out):
             raise UserError(f"no {head!r} in {whole!r}", f"it is a list of {len(out)}: use a number from 0 to {len(out) - 1}")
         i = int(head) % len(out)
-        return out[:i] + (_set(out[i], rest, value, whole) if rest else value,) + out[i + 1:]
+        return (*out[:i], _set(out[i], rest, value, whole) if rest else value, *out[i + 1:])
     if not isinstance(out, Spec):
         raise UserError(f"cannot go into {head!r} of {whole!r}", f"{out!r} is a single value")
     names = [f.name for f in fields(out)]

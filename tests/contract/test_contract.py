@@ -1,0 +1,180 @@
+"""One exam for every recipe: checks x catalogue. A new system gets all of these without writing a line."""
+import inspect
+import json
+from dataclasses import fields
+
+import pytest
+import torch
+from fake import Strict, fake_batch
+from safetensors.torch import load_file, save_file
+
+import polysense
+from polysense.base.agent import Agent
+from polysense.base.catalogue import preset_of
+from polysense.base.errors import UserError
+from polysense.base.plan import Stage
+from polysense.base.protocols import CAPABILITIES, capabilities
+from polysense.base.spec import from_dict
+from polysense.base.system import System
+
+CARDS = polysense.catalogue()
+HOOKS = {"__init__", "after_step", "after_start", "steer", "Config", "is_final", "__init_subclass__"}
+
+
+@pytest.fixture(params=list(CARDS), scope="module")
+def recipe(request):
+    """(card, module, tiny preset, built system), built once per recipe."""
+    torch.manual_seed(0)
+    card, module = CARDS[request.param], polysense.load(request.param)
+    preset = preset_of(request.param)
+    return card, module, preset, preset.config.build()
+
+
+def small(stage: Stage) -> Stage:
+    return stage.but(**{"batch_size": 4})
+
+
+def loss_of(system: System, stage: Stage, batch):
+    return stage.objective(system, stage.embed(system, batch) if stage.embed else batch)
+
+
+def test_card_is_complete(recipe):
+    card, module, *_ = recipe
+    assert card.says.endswith(".") and card.name and 1980 < card.year < 2030 and module.__doc__ and len(module.__doc__) > 200
+    assert {"tiny", "paper"} <= set(card.presets), "every system has a tiny and a paper preset"
+
+
+def test_card_equals_class(recipe):
+    card, _, preset, _ = recipe
+    cls = type(preset.config).owner
+    assert set(card.can) == set(capabilities(cls))
+    for name in card.can:
+        want, got = (list(inspect.signature(getattr(c, name)).parameters) for c in (CAPABILITIES[name], cls))
+        assert got[:len(want)] == want, f"{name} takes {got}, the protocol says {want}"
+
+
+def test_class_is_final_and_overrides_only_hooks(recipe):
+    _, _, preset, _ = recipe
+    cls = type(preset.config).owner
+    assert getattr(cls, "is_final", False), "mark it @final"
+    with pytest.raises(TypeError, match="finished system"):
+        type("Sub", (cls,), {})
+    for base in (b for b in cls.__mro__[1:] if issubclass(b, System) and b is not System):
+        clash = {k for k, v in vars(cls).items() if callable(v) and k in vars(base) and k != "train"} - HOOKS
+        assert not clash, f"{cls.__name__} overrides {clash} of {base.__name__}: make it a hook or a part in a slot"
+
+
+def test_reads_what_it_declares_and_trains_what_it_says(recipe):
+    card, _, preset, system = recipe
+    if isinstance(system, Agent):
+        pytest.skip("an agent trains nothing")
+    used, allowed = set(), {k for need in card.needs for k in need.split("|")}
+    for stage in preset.stages:
+        system.choose_trainable(stage.trainable)
+        system.train()
+        system.zero_grad(set_to_none=True)
+        batch = Strict(fake_batch(preset, card.needs), allowed)
+        losses = loss_of(system, stage, batch)
+        assert losses and all(v.ndim == 0 for v in losses.values())
+        assert all(float(v.detach()) != 0 for v in losses.values()), f"a loss that is silently zero: {losses}"
+        losses.total(stage.weights).backward()
+        used |= batch.read
+        chosen = {n for n, p in system.named_parameters() if p.requires_grad}
+        reached = {n for n, p in system.named_parameters() if p.grad is not None}
+        assert chosen, f"stage {stage.name} trains nothing"
+        assert reached == chosen, f"no gradient reaches {sorted(chosen - reached)[:5]}; unexpected {sorted(reached - chosen)[:5]}"
+        system.zero_grad(set_to_none=True)
+    assert all(any(k in used for k in need.split("|")) for need in card.needs), f"declares {card.needs}, reads {used}"
+
+
+def test_weights_and_preset_survive_a_file(recipe, tmp_path):
+    card, _, preset, system = recipe
+    plain = json.loads(json.dumps(preset.to_dict()))
+    assert from_dict(plain) == preset and from_dict(plain).digest() == preset.digest()
+    save_file({k: v.contiguous() for k, v in system.state_dict().items()}, tmp_path / "w.safetensors")
+    twin = preset.config.build()
+    twin.load_state_dict(load_file(tmp_path / "w.safetensors"), strict=True)
+    if "encode_image" in card.can:
+        image = fake_batch(preset, ("image",))["image"]
+        with torch.inference_mode():
+            assert torch.equal(system.eval().encode_image(image), twin.eval().encode_image(image))
+
+
+def test_same_seed_same_weights_and_loss(recipe):
+    card, _, preset, _ = recipe
+
+    def first_loss() -> float:
+        torch.manual_seed(7)
+        system, stage = preset.config.build(), preset.stages[0]
+        system.choose_trainable(stage.trainable)
+        system.train()
+        torch.manual_seed(8)
+        return float(loss_of(system, stage, fake_batch(preset, card.needs)).total(stage.weights).detach())
+
+    assert first_loss() == first_loss()
+
+
+def test_features_have_unit_norm_and_do_not_depend_on_the_batch(recipe):
+    card, _, preset, system = recipe
+    for key, capability in (("image", "encode_image"), ("text", "encode_text")):
+        if capability in card.can:
+            batch = fake_batch(preset, (key,), n=5)[key]
+            with torch.inference_mode():
+                system.eval()
+                whole, alone = getattr(system, capability)(batch), getattr(system, capability)(batch[2:3])
+            torch.testing.assert_close(whole.norm(dim=-1), torch.ones(5))
+            torch.testing.assert_close(whole[2:3], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_bad_images_and_texts_are_refused_in_one_line(recipe):
+    card, _, preset, system = recipe
+    wrong = []
+    if "encode_image" in card.can:
+        size = preset.feed.image.size
+        wrong += [(system.encode_image, torch.randn(2, 1, size, size)), (system.encode_image, torch.randn(3, size, size))]
+    if "encode_text" in card.can:
+        wrong += [(system.encode_text, torch.ones(2, 4096, dtype=torch.long)), (system.encode_text, torch.full((2, 4), 10 ** 7)),
+                  (system.encode_text, torch.randn(2, 4))]
+    for function, value in wrong:
+        with pytest.raises(UserError) as caught:
+            function(value)
+        assert "\n" not in str(caught.value) and ":" in str(caught.value), "say what is wrong and what to do"
+
+
+def test_a_step_down_the_gradient_lowers_the_loss(recipe):
+    card, _, preset, _ = recipe
+    for stage in preset.stages:
+        torch.manual_seed(0)
+        system = preset.config.build()
+        system.choose_trainable(stage.trainable)
+        system.train()
+        batch = fake_batch(preset, card.needs)
+        optimizer = torch.optim.AdamW([p for p in system.parameters() if p.requires_grad], lr=1e-3)
+        seen = []
+        for _ in range(8):
+            torch.manual_seed(1)
+            loss = loss_of(system, stage, batch).total(stage.weights)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            seen.append(float(loss.detach()))
+        assert min(seen[1:]) < seen[0], f"{stage.name}: {seen}"
+
+
+def test_paper_preset_builds_on_the_meta_device(recipe):
+    card, module, *_ = recipe
+    preset = module.paper()
+    with torch.device("meta"):
+        system = preset.config.build()
+    count = sum(p.numel() for p in system.parameters())
+    published = getattr(module, "PARAMETERS", None)
+    assert published, f"{card.id}: say the published parameter count of paper() as PARAMETERS"
+    assert abs(count / published - 1) < 0.005, f"{count:,} parameters, published {published:,}"
+
+
+def test_every_preset_is_a_value_with_unique_fields(recipe):
+    card, module, *_ = recipe
+    for name in card.presets:
+        preset = getattr(module, name)()
+        assert preset == getattr(module, name)(), "a preset is a pure value"
+        assert preset.stages and preset.data and {f.name for f in fields(preset)} >= {"config", "feed", "starts"}
