@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from importlib import import_module
 from types import UnionType
-from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Self, Union, cast, get_args, get_origin, get_type_hints
 
 from polysense.base.errors import UserError
 
@@ -33,11 +33,12 @@ class Spec:
         """One `path = value` line per leaf: the golden text that reviews and tests diff."""
         yield f"{prefix or '.'} : {type(self).__qualname__}"
         for f in fields(self):
-            value, path = getattr(self, f.name), f"{prefix}.{f.name}" if prefix else f.name
+            value: Any = getattr(self, f.name)
+            path = f"{prefix}.{f.name}" if prefix else f.name
             if isinstance(value, Spec):
                 yield from value.lines(path)
-            elif isinstance(value, tuple) and value and isinstance(value[0], Spec):
-                for i, v in enumerate(value):
+            elif _specs(value):
+                for i, v in enumerate(cast(tuple[Spec, ...], value)):
                     yield from v.lines(f"{path}.{i}")
             else:
                 yield f"{path} = {value.__qualname__ if callable(value) else repr(value)}"
@@ -56,17 +57,20 @@ def from_dict(plain: Any) -> Any:
 
     Fields that the file lacks take their defaults (older files stay readable); unknown ones are refused.
     """
-    if isinstance(plain, dict):
-        if "function" in plain:
-            return _find(plain["function"])
-        cls = _find(plain["is"])
-        if not (isinstance(cls, type) and issubclass(cls, Spec)):
-            raise UserError(f"{plain['is']!r} is not a configuration", "was the file edited?")
-        names = {f.name for f in fields(cls)}
-        if extra := set(plain) - names - {"is"}:
-            raise UserError(f"{plain['is']} has no field {sorted(extra)}", "the file was written by another version of polysense")
-        return cls(**{k: from_dict(v) for k, v in plain.items() if k != "is"})
-    return tuple(from_dict(v) for v in plain) if isinstance(plain, list) else plain
+    if isinstance(plain, list):
+        return tuple(from_dict(v) for v in cast(list[Any], plain))
+    if not isinstance(plain, dict):
+        return plain
+    table = cast(dict[str, Any], plain)
+    if "function" in table:
+        return _find(table["function"])
+    cls = _find(str(table.get("is")))
+    if not (isinstance(cls, type) and issubclass(cls, Spec)):
+        raise UserError(f"{table.get('is')!r} is not a configuration", "was the file edited?")
+    names = {f.name for f in fields(cls)}
+    if extra := set(table) - names - {"is"}:
+        raise UserError(f"{table['is']} has no field {sorted(extra)}", "the file was written by another version of polysense")
+    return cls(**{k: from_dict(v) for k, v in table.items() if k != "is"})
 
 
 def parse_value(text: str) -> Any:
@@ -79,7 +83,7 @@ def parse_value(text: str) -> Any:
 
 def parse_overrides(words: list[str] | tuple[str, ...]) -> dict[str, Any]:
     """`["vision.body.depth=4"]` -> `{"vision.body.depth": 4}`."""
-    out = {}
+    out: dict[str, Any] = {}
     for word in words:
         path, eq, value = word.partition("=")
         if not eq or not path:
@@ -97,9 +101,14 @@ class Configured:
             cls.__dict__["Config"].owner = cls
 
 
+def _specs(value: Any) -> bool:
+    return isinstance(value, tuple) and bool(cast(tuple[Any, ...], value)) and isinstance(value[0], Spec)
+
+
 def _set(out: Any, path: list[str], value: Any, whole: str) -> Any:
     head, rest = path[0], path[1:]
     if isinstance(out, tuple):
+        out = cast(tuple[Any, ...], out)
         if not head.lstrip("-").isdigit() or not -len(out) <= int(head) < len(out):
             raise UserError(f"no {head!r} in {whole!r}", f"it is a list of {len(out)}: use a number from 0 to {len(out) - 1}")
         i = int(head) % len(out)
@@ -120,7 +129,7 @@ def _checked(value: Any, hint: Any, path: str) -> Any:
         return float(value)
     if not _fits(value, hint):
         raise UserError(f"{path}={value!r} has the wrong type", f"expected {getattr(hint, '__name__', None) or hint}")
-    return tuple(value) if isinstance(value, list) else value
+    return tuple(cast(list[Any], value)) if isinstance(value, list) else value
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -148,7 +157,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Spec):
         return value.to_dict()
     if isinstance(value, (tuple, list)):
-        return [_plain(v) for v in value]
+        return [_plain(v) for v in cast(tuple[Any, ...], value)]
     return {"function": _name(value)} if callable(value) else value
 
 

@@ -72,7 +72,7 @@ def test_lines_name_every_leaf_and_the_digest_follows_them():
     assert PLAN.digest() != PLAN.but(**{"stages.0.steps": 4}).digest()
 
 
-@given(st.one_of(st.integers(), st.floats(allow_nan=False), st.booleans(), st.none(), st.lists(st.integers())))
+@given(st.one_of(st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.booleans(), st.none(), st.lists(st.integers())))
 def test_values_typed_on_a_command_line_come_back(value):
     assert parse_value(repr(value)) == value
 
