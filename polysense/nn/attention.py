@@ -1,0 +1,104 @@
+"""The one attention of the house. Shapes: B batch, T tokens, S source tokens (keys), D width, N heads, H head width."""
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from polysense.base.errors import UserError
+from polysense.base.spec import Spec
+from polysense.base.system import Part
+from polysense.nn.build import build
+from polysense.nn.cache import LayerCache
+
+
+def lowered(x: Tensor) -> Tensor:
+    """x in the autocast type, if autocast is on: for an input that several linears read, which would each cast it again."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+def attention_mask(mask: Tensor) -> Tensor:
+    """A mask in the shape that scaled_dot_product_attention takes.
+
+    [B,S] says which keys may be seen by all, [B,T,S] (or [1,T,S]) which key by which query, [B,N,T,S] is passed on. Boolean: True may be
+    seen; floating point: added to the scores.
+    """
+    if mask.ndim == 2:
+        return mask[:, None, None]
+    return mask[:, None] if mask.ndim == 3 else mask
+
+
+def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
+    """[1,1,T,S], True where a key is not later than the query; the last query stands at the last key."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)[None, None]
+
+
+class Attention(Part):
+    """softmax(q k^T / sqrt(H)) v, then a linear: self-attention, or cross-attention when a source is given (Vaswani et al. 2017, equation 1)."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Spec):
+        width: int = 0                       # 0: set by the owner, as heads
+        heads: int = 0
+        source: int | None = None            # width of the keys' tokens in cross-attention; None: width
+        kv_heads: int | None = None          # fewer heads for keys and values (grouped queries); None: heads
+        head_width: int | None = None        # None: width / heads
+        bias: str = "q k v out"              # the linears that have one
+        rope: Spec | None = None             # rotary position embedding
+        norm_qk: Spec | None = None          # norm of queries and keys over the head width
+        dropout: float = 0.0                 # of the attention weights
+
+    def __init__(self, c: Config):
+        super().__init__()
+        if not c.heads or (not c.head_width and c.width % c.heads):
+            raise UserError(f"a width of {c.width} does not divide into {c.heads} heads", "choose a width that is a multiple of heads")
+        self.heads, self.kv_heads = c.heads, c.kv_heads or c.heads
+        if self.heads % self.kv_heads:
+            raise UserError(f"{c.heads} heads do not share {c.kv_heads} key heads evenly", "choose kv_heads that divides heads")
+        self.head_width, self.dropout = c.head_width or c.width // c.heads, c.dropout
+        inner, kv, source, biased = self.heads * self.head_width, self.kv_heads * self.head_width, c.source or c.width, c.bias.split()
+        self.q = nn.Linear(c.width, inner, bias="q" in biased)
+        self.k = nn.Linear(source, kv, bias="k" in biased)
+        self.v = nn.Linear(source, kv, bias="v" in biased)
+        self.out = nn.Linear(inner, c.width, bias="out" in biased)
+        self.rope = build(c.rope, width=self.head_width) if c.rope else None
+        self.norm_q = build(c.norm_qk, width=self.head_width) if c.norm_qk else None
+        self.norm_k = build(c.norm_qk, width=self.head_width) if c.norm_qk else None
+
+    def forward(self, x: Tensor, source: Tensor | None = None, *, mask: Tensor | None = None, causal: bool = False,
+                cache: LayerCache | None = None, position: Tensor | None = None) -> Tensor:
+        """x [B,T,D], source [B,S,source] or None (self) -> [B,T,D].
+
+        mask: see `attention_mask`. causal: no query sees a later key (alone, it takes the fast path without a mask). cache: keys and values
+        of earlier tokens, which x continues. position: [T] or [B,T] for the rotary embedding; None counts on from the cache.
+        """
+        x = lowered(x)
+        seen = x if source is None else lowered(source)
+        q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k, v = (f(seen).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2) for f in (self.k, self.v))
+        if self.norm_q is not None:
+            q, k = self.norm_q(q), self.norm_k(k)
+        if self.rope is not None:
+            start = cache.length if cache is not None else 0
+            position = torch.arange(start, start + x.shape[1], device=x.device) if position is None else position
+            q, k = self.rope(q, position), self.rope(k, position)
+        if cache is not None:
+            k, v = cache.extend(k, v)
+        mask = attention_mask(mask) if mask is not None else None
+        if causal and (mask is not None or k.shape[2] != q.shape[2]):
+            earlier = causal_mask(q.shape[2], k.shape[2], q.device)
+            if mask is None:
+                mask = None if q.shape[2] == 1 else earlier
+            else:
+                mask = mask & earlier if mask.dtype == torch.bool else mask.masked_fill(~earlier, -torch.inf)
+            causal = False
+        mixed = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype), is_causal=causal,
+            dropout_p=self.dropout if self.training else 0.0, enable_gqa=self.kv_heads != self.heads)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+    def values(self, x: Tensor) -> Tensor:
+        """x [B,T,D] -> [B,T,D], each token's own value through the output linear, without mixing (MaskCLIP, Zhou et al. 2022, section 3.2)."""
+        v = self.v(lowered(x)).unflatten(-1, (self.kv_heads, -1))
+        return self.out(v.repeat_interleave(self.heads // self.kv_heads, -2).flatten(-2))

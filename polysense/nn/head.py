@@ -1,0 +1,101 @@
+"""What stands between a tower's pooled feature and the objective."""
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from polysense.base.spec import Spec
+from polysense.base.system import Part
+
+
+class Linear(Part, nn.Linear):
+    """A projection without bias (CLIP's heads): x W^T, weight [out, into]."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Spec):
+        into: int
+        out: int
+        std: float | None = None             # None: into ** -0.5
+
+    def __init__(self, c: Config):
+        nn.Linear.__init__(self, c.into, c.out, bias=False)
+        nn.init.normal_(self.weight, std=c.into ** -0.5 if c.std is None else c.std)
+
+
+class LinearBias(Part, nn.Linear):
+    """A dense layer. `std=0` starts it at exactly zero, as ViT's fine-tuning head (Dosovitskiy et al. 2021, section 3.2); the bias always is."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Spec):
+        into: int
+        out: int
+        std: float = 0.01
+
+    def __init__(self, c: Config):
+        nn.Linear.__init__(self, c.into, c.out)
+        nn.init.normal_(self.weight, std=c.std)
+        nn.init.zeros_(self.bias)
+
+
+class Nothing(Part):
+    """The identity: a slot left empty."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Spec):
+        pass
+
+    def __init__(self, c: Config):
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class TanhHead(Part):
+    """out(tanh(pre(x))): ViT's pre-training head (Dosovitskiy et al. 2021, section 3.1), BERT's pooler with `out=0` (tanh(pre(x)) alone)."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Spec):
+        into: int
+        hidden: int
+        out: int = 0
+        std: float = 0.02
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.pre = nn.Linear(c.into, c.hidden)
+        self.out = nn.Linear(c.hidden, c.out) if c.out else nn.Identity()
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.trunc_normal_(m.weight, std=c.std)
+                nn.init.zeros_(m.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.pre(x)))
+
+
+class Projector(Part):
+    """Linear, batch norm, ReLU, ... , linear: [B, widths[0]] -> [B, widths[-1]].
+
+    Every linear but the last is followed by batch norm and ReLU; SimCLR has two, SLIP three linears (Mu et al. 2022: 4096, 4096, 256).
+    Names: `layers.{i}.linear`, `layers.{i}.norm`.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Spec):
+        widths: tuple[int, ...]              # into, hidden..., out
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.layers = nn.ModuleList()
+        for i, (a, b) in enumerate(zip(c.widths[:-1], c.widths[1:], strict=True)):
+            last = i == len(c.widths) - 2
+            layer = nn.Module()
+            layer.linear = nn.Linear(a, b, bias=last)                   # batch norm subtracts the mean: a bias before it is idle
+            layer.norm = nn.Identity() if last else nn.BatchNorm1d(b)
+            self.layers.append(layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = layer.norm(layer.linear(x)).relu()
+        return self.layers[-1].linear(x)

@@ -1,0 +1,67 @@
+"""Initialisations for the slot `Transformer.Config.init`: values that build a function of the module."""
+from dataclasses import dataclass
+
+from torch import nn
+
+from polysense.base.spec import Configured, Spec
+
+
+class NormalInit(Configured):
+    """Every linear: truncated normal of deviation `std`, biases zero (BERT, GPT-2, timm's ViT, MAE)."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Spec):
+        std: float = 0.02
+
+    def __init__(self, c: Config):
+        self.std = c.std
+
+    def __call__(self, body: nn.Module) -> None:
+        for m in body.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.trunc_normal_(m.weight, std=self.std, a=-2 * self.std, b=2 * self.std)
+                if m.bias is not None:
+                    nn.init.zeros_(m.bias)
+
+
+class XavierInit(Configured):
+    """Glorot uniform; biases zero, of the MLP normal(1e-6) (the JAX code of Dosovitskiy et al. 2021)."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Spec):
+        pass
+
+    def __init__(self, c: Config):
+        pass
+
+    def __call__(self, body: nn.Module) -> None:
+        for name, m in body.named_modules():
+            if isinstance(m, nn.Linear):
+                nn.init.xavier_uniform_(m.weight)
+                if m.bias is not None:
+                    nn.init.normal_(m.bias, std=1e-6) if ".mlp." in name else nn.init.zeros_(m.bias)
+
+
+class ClipInit(Configured):
+    """CLIP (Radford et al. 2021, released code): with d the width and L the depth, q k v have deviation d^-1/2, the MLP's first linear
+    (2d)^-1/2, and both linears that write to the residual stream d^-1/2 (2L)^-1/2; biases zero."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Spec):
+        pass
+
+    def __init__(self, c: Config):
+        pass
+
+    def __call__(self, body: nn.Module) -> None:
+        depth = len(body.blocks)  # type: ignore[arg-type]
+        for name, m in body.named_modules():
+            if isinstance(m, nn.Linear):
+                role = name.rsplit(".", 1)[-1]
+                if role in ("out", "down"):
+                    std = m.out_features ** -0.5 * (2 * depth) ** -0.5
+                else:
+                    std = (2 * m.in_features) ** -0.5 if role in ("up", "gate") else m.in_features ** -0.5
+                nn.init.normal_(m.weight, std=std)
+                if m.bias is not None:
+                    nn.init.zeros_(m.bias)

@@ -1,0 +1,83 @@
+"""Normalisation layers for slots named `norm`. Statistics are taken in float32 whatever the autocast type."""
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from polysense.base.spec import Spec
+from polysense.base.system import Part
+
+
+class LayerNorm(Part, nn.LayerNorm):
+    """Ba et al. 2016, over the last axis. The eps differs by source: 1e-6 (JAX, timm), 1e-12 (BERT, transformers' ViT), 1e-5 (CLIP).
+
+    Under autocast a float32 input gives a float32 output: the residual stream stays in float32 and only the matrix products are lowered.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Spec):
+        width: int = 0                       # 0: set by the owner
+        eps: float = 1e-5
+
+    def __init__(self, c: Config):
+        nn.LayerNorm.__init__(self, c.width, eps=c.eps)
+
+
+class RMSNorm(Part):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang & Sennrich 2019, equation 4); the output has the type of the input."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Spec):
+        width: int = 0
+        eps: float = 1e-6
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(c.width)), c.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+class BatchNorm2d(Part, nn.BatchNorm2d):
+    """Ioffe & Szegedy 2015, over batch and places of [B,C,H,W]; `momentum` is the share of the new batch, as in torch."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Spec):
+        width: int = 0
+        eps: float = 1e-5
+        momentum: float = 0.1
+
+    def __init__(self, c: Config):
+        nn.BatchNorm2d.__init__(self, c.width, eps=c.eps, momentum=c.momentum)
+
+
+class GroupNorm(Part, nn.GroupNorm):
+    """Wu & He 2018, over channel groups of [B,C,H,W]; independent of the batch."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Spec):
+        width: int = 0
+        groups: int = 32
+        eps: float = 1e-5
+
+    def __init__(self, c: Config):
+        nn.GroupNorm.__init__(self, c.groups, c.width, eps=c.eps)
+
+
+def freeze_norm(module: nn.Module) -> nn.Module:
+    """Every batch norm in `module` uses and keeps its running statistics from now on, in train mode too, and its affine parameters are frozen.
+
+    Returns `module`. The common way to fine-tune detectors and CLIP ResNets on small batches.
+    """
+    for m in module.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+            m.requires_grad_(False)
+            m.eval()
+            m.train = _stay.__get__(m)       # Module.train() of a parent reaches the children through their own train()
+    return module
+
+
+def _stay(self: nn.Module, mode: bool = True) -> nn.Module:
+    return self

@@ -1,0 +1,26 @@
+"""Position embeddings of images."""
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from polysense.base.errors import UserError
+
+
+def fit_positions(position: Tensor, prefix: int, grid: tuple[int, int], trained: tuple[int, int] | None = None) -> Tensor:
+    """Position embeddings [1, prefix + N, D] for another grid: [1, prefix + h*w, D].
+
+    The first `prefix` rows (class and other extra tokens) are untouched, the N patch positions are interpolated in 2-D, bicubic and
+    antialiased (Dosovitskiy et al. 2021, section 3.2). `trained` is the grid they stand for, a square where not given. The same grid gives
+    back the very tensor.
+    """
+    n = position.shape[1] - prefix
+    side = round(n ** 0.5)
+    trained = trained or (side, side)
+    if trained[0] * trained[1] != n:
+        raise UserError(f"{n} patch positions do not form a grid of {trained[0]}x{trained[1]}", "say which grid they were trained for")
+    if trained == grid:
+        return position
+    first, patches = position[:, :prefix], position[:, prefix:]
+    image = patches.float().unflatten(1, trained).permute(0, 3, 1, 2)
+    image = F.interpolate(image, grid, mode="bicubic", antialias=True, align_corners=False)
+    return torch.cat([first, image.flatten(2).transpose(1, 2).to(position.dtype)], 1)

@@ -1,0 +1,53 @@
+"""CLIP's text tower. Shapes: B batch, L tokens, D width."""
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from polysense.base.errors import UserError
+from polysense.base.spec import Spec
+from polysense.base.system import Part
+from polysense.nn.transformer import Transformer
+from polysense.towers.encoded import Encoded
+
+
+class ClipText(Part):
+    """A causal transformer; the text feature is the final-norm token at the end of the text (Radford et al. 2021, section 2.4).
+
+    No token sees a later one, so what follows the end (padding with any id) changes nothing and batches may be trimmed.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Spec):
+        vocab: int
+        length: int                          # the most tokens it reads
+        body: Transformer.Config
+        end: int | None = None               # id of the end token, its first position counts; None: the largest id of each text (OpenAI's files)
+
+        @property
+        def width(self) -> int:
+            return self.body.width
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.embed = nn.Embedding(c.vocab, c.width)
+        self.position = nn.Parameter(torch.randn(1, c.length, c.width) * 0.01)
+        nn.init.normal_(self.embed.weight, std=0.02)
+        self.body = c.body.build()
+        self.length, self.end, self.width = c.length, c.end, c.width
+
+    def forward(self, text: Tensor) -> Encoded:
+        """text [B,L] ids, L <= length -> tokens [B,L,D] (normed), pooled [B,D], mask [B,L] (True up to and with the end token).
+
+        Raises UserError for a longer text. A text without the end token is read at its first position.
+        """
+        if text.shape[1] > self.length:
+            raise UserError(f"a text of {text.shape[1]} tokens", f"this tower reads at most {self.length}: let the tokenizer cut it")
+        last = self.last(text)
+        x = self.body(self.embed(text) + self.position[:, :text.shape[1]], causal=True)
+        mask = torch.arange(text.shape[1], device=text.device) <= last[:, None]
+        return Encoded(tokens=x, pooled=x[torch.arange(len(x), device=x.device), last], mask=mask)
+
+    def last(self, text: Tensor) -> Tensor:
+        """text [B,L] -> position of the end token [B]."""
+        return text.argmax(1) if self.end is None else (text == self.end).int().argmax(1)

@@ -1,0 +1,97 @@
+"""ViT. Shapes: B batch, N patches, T tokens (prefix + N), D width, h w patch grid."""
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from polysense.base.errors import UserError
+from polysense.base.spec import Spec
+from polysense.base.system import Part
+from polysense.nn.build import build
+from polysense.nn.patch import Patches
+from polysense.nn.position import fit_positions
+from polysense.nn.transformer import Transformer
+from polysense.towers.encoded import Encoded
+
+POOLS, DENSES = ("cls", "mean", "none"), ("tokens", "values")
+
+
+class ViT(Part):
+    """Vision Transformer (Dosovitskiy et al. 2021): z0 = [cls; x_p E] + position, blocks, norm (equations 1 to 4).
+
+    Another size than `image_size` is read with interpolated positions. CLIP's tower is the same with `norm_pre` and a patch embedding
+    without bias.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Spec):
+        image_size: int
+        patch: int
+        body: Transformer.Config
+        channels: int = 3
+        prefix: int = 1                      # learned tokens in front: the class token, then distillation tokens or registers
+        pool: str = "cls"                    # pooled = "cls": the first token; "mean": of the patches; "none": all tokens, for a head that pools
+        patch_bias: str = "patch"            # "patch": the patch embedding has a bias; "": it has not (CLIP)
+        norm_pre: Spec | None = None         # before the blocks (CLIP)
+        stem: Spec | None = None             # a CNN [B,C,H,W] -> [B,stem.width,H/stem.stride,W/stem.stride] whose map is patched (hybrid)
+        dense: str = "tokens"                # local features are "tokens" of the last norm or "values" of the last attention (CLIP, as MaskCLIP)
+        std: float | None = 0.02             # of class token and positions at birth; None: width ** -0.5 (CLIP)
+
+        @property
+        def width(self) -> int:
+            return self.body.width
+
+    def __init__(self, c: Config):
+        super().__init__()
+        if c.pool not in POOLS or c.dense not in DENSES or (c.pool == "cls" and not c.prefix):
+            raise UserError(f"pool={c.pool!r}, dense={c.dense!r}, prefix={c.prefix} do not go together",
+                            f"pool is one of {POOLS}, dense of {DENSES}, and 'cls' needs a prefix")
+        self.stem = c.stem.build() if c.stem is not None else None
+        stride, channels = (1, c.channels) if c.stem is None else (c.stem.stride, c.stem.width)  # type: ignore[attr-defined]
+        if c.image_size % (c.patch * stride):
+            raise UserError(f"image_size={c.image_size} does not divide into patches of {c.patch * stride}", "choose a multiple")
+        self.grid = (c.image_size // (c.patch * stride),) * 2
+        width, std = c.width, c.width ** -0.5 if c.std is None else c.std
+        self.patch = Patches(channels, width, c.patch, bias="patch" in c.patch_bias)
+        self.cls = nn.Parameter(torch.randn(1, c.prefix, width) * std) if c.prefix else None
+        self.position = nn.Parameter(torch.randn(1, c.prefix + self.grid[0] * self.grid[1], width) * std)
+        self.norm_pre = build(c.norm_pre, width=width) if c.norm_pre is not None else None
+        self.body = c.body.build()
+        self.prefix, self.pool, self.dense_from, self.width = c.prefix, c.pool, c.dense, width
+
+    def embed(self, image: Tensor, keep: Tensor | None = None) -> tuple[Tensor, tuple[int, int]]:
+        """image [B,C,H,W], keep [B,K] numbers of the patches that stay -> tokens before the blocks [B,T,D] and the patch grid (h, w)."""
+        x = self.patch(image if self.stem is None else self.stem(image))
+        grid = (x.shape[1], x.shape[2])
+        position = fit_positions(self.position, self.prefix, grid, self.grid)
+        x = x.flatten(1, 2) + position[:, self.prefix:]
+        if keep is not None:
+            x = x.gather(1, keep[..., None].expand(-1, -1, x.shape[-1]))
+        if self.cls is not None:
+            x = torch.cat([(self.cls + position[:, :self.prefix]).expand(len(x), -1, -1).to(x.dtype), x], 1)
+        return (x if self.norm_pre is None else self.norm_pre(x)), grid
+
+    def forward(self, image: Tensor, keep: Tensor | None = None) -> Encoded:
+        """image [B,C,H,W] -> tokens [B,T,D] (normed) and pooled [B,D]. keep [B,K]: only these patches are read (FLIP, MAE).
+
+        Raises UserError for a wrong number of channels or a size that the patch does not divide.
+        """
+        x = self.body(self.embed(image, keep)[0])
+        return Encoded(tokens=x, pooled=self._pool(x))
+
+    def features(self, image: Tensor) -> list[Tensor]:
+        """image [B,C,H,W] -> the tokens [B,T,D] after each block, before the final norm."""
+        return self.body.layers(self.embed(image)[0])[1:]
+
+    def dense(self, image: Tensor) -> Tensor:
+        """image [B,C,H,W] -> [B,h,w,D], a feature for each patch in the space of `pooled`."""
+        x, grid = self.embed(image)
+        if self.dense_from == "tokens":
+            return self.body(x)[:, self.prefix:].unflatten(1, grid)
+        x = self.body.blocks[-1].unmixed(self.body.layers(x, stop=-1)[-1])
+        return self.body.norm(x)[:, self.prefix:].unflatten(1, grid)
+
+    def _pool(self, x: Tensor) -> Tensor:
+        if self.pool == "none":
+            return x
+        return x[:, 0] if self.pool == "cls" else x[:, self.prefix:].mean(1)
