@@ -44,6 +44,7 @@ class Attention(Part):
         source: int | None = None            # width of the keys' tokens in cross-attention; None: width
         kv_heads: int | None = None          # fewer heads for keys and values (grouped queries); None: heads
         head_width: int | None = None        # None: width / heads
+        out_width: int | None = None         # of the result; None: width
         bias: str = "q k v out"              # the linears that have one
         rope: Spec | None = None             # rotary position embedding
         norm_qk: Spec | None = None          # norm of queries and keys over the head width
@@ -61,7 +62,7 @@ class Attention(Part):
         self.q = nn.Linear(c.width, inner, bias="q" in biased)
         self.k = nn.Linear(source, kv, bias="k" in biased)
         self.v = nn.Linear(source, kv, bias="v" in biased)
-        self.out = nn.Linear(inner, c.width, bias="out" in biased)
+        self.out = nn.Linear(inner, c.out_width or c.width, bias="out" in biased)
         self.rope = build(c.rope, width=self.head_width) if c.rope else None
         self.norm_q = build(c.norm_qk, width=self.head_width) if c.norm_qk else None
         self.norm_k = build(c.norm_qk, width=self.head_width) if c.norm_qk else None

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from polysense.base.spec import Spec
 from polysense.base.system import Part
+from polysense.nn.norm import BatchNorm1d
 
 
 class Linear(Part, nn.Linear):
@@ -92,7 +93,7 @@ class Projector(Part):
             last = i == len(c.widths) - 2
             layer = nn.Module()
             layer.linear = nn.Linear(a, b, bias=last)                   # batch norm subtracts the mean: a bias before it is idle
-            layer.norm = nn.Identity() if last else nn.BatchNorm1d(b)
+            layer.norm = nn.Identity() if last else BatchNorm1d(BatchNorm1d.Config(width=b))
             self.layers.append(layer)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Normalisation layers for slots named `norm`. Statistics are taken in float32 whatever the autocast type."""
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +41,14 @@ class RMSNorm(Part):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
-class BatchNorm2d(Part, nn.BatchNorm2d):
+class _Freezable(nn.Module):
+    frozen = False
+
+    def train(self, mode: bool = True) -> Self:
+        return super().train(mode and not self.frozen)
+
+
+class BatchNorm2d(Part, _Freezable, nn.BatchNorm2d):
     """Ioffe & Szegedy 2015, over batch and places of [B,C,H,W]; `momentum` is the share of the new batch, as in torch."""
 
     @dataclass(frozen=True, kw_only=True)
@@ -51,6 +59,19 @@ class BatchNorm2d(Part, nn.BatchNorm2d):
 
     def __init__(self, c: Config):
         nn.BatchNorm2d.__init__(self, c.width, eps=c.eps, momentum=c.momentum)
+
+
+class BatchNorm1d(Part, _Freezable, nn.BatchNorm1d):
+    """The same over the batch of [B,C]."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Spec):
+        width: int = 0
+        eps: float = 1e-5
+        momentum: float = 0.1
+
+    def __init__(self, c: Config):
+        nn.BatchNorm1d.__init__(self, c.width, eps=c.eps, momentum=c.momentum)
 
 
 class GroupNorm(Part, nn.GroupNorm):
@@ -69,15 +90,10 @@ class GroupNorm(Part, nn.GroupNorm):
 def freeze_norm(module: nn.Module) -> nn.Module:
     """Every batch norm in `module` uses and keeps its running statistics from now on, in train mode too, and its affine parameters are frozen.
 
-    Returns `module`. The common way to fine-tune detectors and CLIP ResNets on small batches.
+    Returns `module`. The common way to fine-tune detectors and CLIP's ResNets on small batches.
     """
     for m in module.modules():
-        if isinstance(m, nn.modules.batchnorm._BatchNorm):
-            m.requires_grad_(False)
-            m.eval()
-            m.train = _stay.__get__(m)       # Module.train() of a parent reaches the children through their own train()
+        if isinstance(m, _Freezable):
+            m.frozen = True
+            m.requires_grad_(False).eval()
     return module
-
-
-def _stay(self: nn.Module, mode: bool = True) -> nn.Module:
-    return self

@@ -33,7 +33,7 @@ class ViT(Part):
         pool: str = "cls"                    # pooled = "cls": the first token; "mean": of the patches; "none": all tokens, for a head that pools
         patch_bias: str = "patch"            # "patch": the patch embedding has a bias; "": it has not (CLIP)
         norm_pre: Spec | None = None         # before the blocks (CLIP)
-        stem: Spec | None = None             # a CNN [B,C,H,W] -> [B,stem.width,H/stem.stride,W/stem.stride] whose map is patched (hybrid)
+        stem: Spec | None = None             # a convolutional tower (ResNet.Config) whose last map is patched (hybrid)
         dense: str = "tokens"                # local features are "tokens" of the last norm or "values" of the last attention (CLIP, as MaskCLIP)
         std: float | None = 0.02             # of class token and positions at birth; None: width ** -0.5 (CLIP)
 
@@ -61,7 +61,7 @@ class ViT(Part):
 
     def embed(self, image: Tensor, keep: Tensor | None = None) -> tuple[Tensor, tuple[int, int]]:
         """image [B,C,H,W], keep [B,K] numbers of the patches that stay -> tokens before the blocks [B,T,D] and the patch grid (h, w)."""
-        x = self.patch(image if self.stem is None else self.stem(image))
+        x = self.patch(image if self.stem is None else self.stem.features(image)[-1])
         grid = (x.shape[1], x.shape[2])
         position = fit_positions(self.position, self.prefix, grid, self.grid)
         x = x.flatten(1, 2) + position[:, self.prefix:]
