@@ -1,0 +1,166 @@
+"""Asking a photo index, seeing why, and showing the answer.
+
+`search(index, pipeline, query, k=10, why=True, out=None) -> list[Hit]`, `contact_sheet(hits, query="") -> PIL.Image`,
+`write_results(hits, path, query="") -> Path` (`.html` or a picture format).
+"""
+import base64
+import html
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from polysense.app.files import place
+from polysense.app.photos import PhotoIndex
+from polysense.base.errors import UserError
+from polysense.data.images import ENDINGS, decode
+from polysense.pipeline import Explanation
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A picture found: `rank` from 1, `score` the cosine with the query, `why` its heat-maps (None where the system has none, the file cannot
+    be read any more, or nobody asked), `heat` the file of the overlay where one was written."""
+    rank: int
+    path: str
+    score: float
+    why: Explanation | None = None
+    heat: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {"rank": self.rank, "path": self.path, "score": self.score, "heat": self.heat, "why": self.why and self.why.to_json()}
+
+
+def is_picture(query: Any) -> bool:
+    """Whether a query is a picture rather than a text: a PIL picture, array or Path, a web address, or the name of an existing picture file."""
+    if not isinstance(query, str):
+        return True
+    return query.startswith(("http://", "https://")) or (os.path.splitext(query)[1].lower() in ENDINGS and os.path.isfile(query))
+
+
+def search(index: PhotoIndex, pipeline: Any, query: Any, k: int = 10, *, why: bool = True, out: str | Path | None = None) -> list[Hit]:
+    """The k pictures that fit a text or a picture best.
+
+    `why` draws heat-maps where the system can encode patches; with `out` their overlays are written there as PNG files. UserError where
+    the index was made by another model, the query is empty, or the system lacks a tower that the query needs.
+    """
+    index.check(pipeline)
+    pictured = is_picture(query)
+    if not pictured and not query.strip():
+        raise UserError("the query is empty", "say what to look for, or give a picture")
+    asked: Any = decode(query) if pictured else query
+    vector = pipeline.encode(images=[asked])[0] if pictured else pipeline.encode(texts=[asked])[0]
+    able = why and pipeline.can("encode_patches") and pipeline.can("encode_text")
+    hits = []
+    for rank, found in enumerate(index.search(vector, k), 1):
+        reason = explain(pipeline, found.path, vector if pictured else query) if able else None
+        file = None
+        if reason and out:
+            file = Path(out) / f"{rank:03d}-{Path(found.path).stem}.png"
+            with place(file) as beside:
+                reason.overlay().save(beside, "png")
+        hits.append(Hit(rank, found.path, found.score, reason, str(file) if file else None))
+    return hits
+
+
+def explain(pipeline: Any, path: str, query: str | np.ndarray) -> Explanation | None:
+    """Heat-maps of one picture, or None where the file has gone or cannot be read since it was indexed."""
+    try:
+        return pipeline.explain(path, query)
+    except UserError:
+        if os.path.exists(path) and not isinstance(_thumbnail(path, 8), str):
+            raise
+        return None
+
+
+def contact_sheet(hits: Sequence[Hit], query: str = "", *, columns: int = 5, side: int = 224) -> Image.Image:
+    """The hits as one picture: thumbnails in reading order, under each its heat-map (where there is one), rank, score, words and name."""
+    if columns < 1 or side < 32:
+        raise UserError(f"a sheet of {columns} columns of {side} pixels cannot be drawn", "use at least 1 column of 32 pixels")
+    gap, line, font = 8, 16, ImageFont.load_default(12)
+    rows, columns = -(-len(hits) // columns), max(1, min(columns, len(hits)))
+    deep = side * (2 if any(h.why for h in hits) else 1) + 2 * line + gap
+    top = line + 2 * gap if query or not hits else gap
+    sheet = Image.new("RGB", (columns * (side + gap) + gap, top + rows * deep), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((gap, gap), _short(query if hits else f"{query}: nothing found", sheet.width // 6), "black", font)
+    for i, hit in enumerate(hits):
+        x, y = gap + i % columns * (side + gap), top + i // columns * deep
+        seen = [hit.why.image, hit.why.overlay()] if hit.why else [_thumbnail(hit.path, side)]
+        for picture in seen:
+            if isinstance(picture, str):
+                draw.text((x + 4, y + side // 2), _short(picture, side // 7), "grey", font)
+            else:
+                small = picture.copy()
+                small.thumbnail((side, side))
+                sheet.paste(small, (x + (side - small.width) // 2, y + (side - small.height) // 2))
+            y += side
+        words = ", ".join(h.word for h in hit.why.words) if hit.why else ""
+        draw.text((x, y + 1), _short(f"{hit.rank}. {hit.score:.3f} {words}", side // 6), "black", font)
+        draw.text((x, y + 1 + line), _short(Path(hit.path).name, side // 6), "dimgrey", font)
+    return sheet
+
+
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
+<style>body{{font:15px system-ui,sans-serif;margin:2rem;background:#fafafa;color:#222}}main{{display:flex;flex-wrap:wrap;gap:1rem}}
+figure{{margin:0;background:#fff;border:1px solid #ddd;border-radius:8px;padding:.6rem;width:236px}}
+img{{width:100%;border-radius:4px;display:block;margin-bottom:4px}}
+figcaption{{font-size:13px;overflow-wrap:anywhere}}b{{font-variant-numeric:tabular-nums}}small{{color:#666}}</style>
+<h1>{title}</h1><p>{count}</p><main>{body}</main></html>
+"""
+
+
+def write_results(hits: Sequence[Hit], path: str | Path, query: str = "") -> Path:
+    """The answer as a file: one self-contained page for `.html`, else a contact sheet in the format of the suffix."""
+    path = Path(path)
+    if path.suffix.lower() not in {".html", ".htm", ".png", ".jpg", ".jpeg", ".webp"}:
+        raise UserError(f"cannot write results as {path.suffix or path.name!r}", "use .html, .png or .jpg")
+    with place(path) as beside:
+        if path.suffix.lower() in {".html", ".htm"}:
+            body = "".join(_figure(hit) for hit in hits)
+            count = f"{len(hits)} pictures" if hits else "nothing found"
+            beside.write_text(PAGE.format(title=html.escape(_sayable(query) or "search"), count=count, body=body), encoding="utf-8")
+        else:
+            contact_sheet(hits, query).save(beside, {".png": "png", ".webp": "webp"}.get(path.suffix.lower(), "jpeg"))
+    return path
+
+
+def _figure(hit: Hit) -> str:
+    pictures = [(hit.why.image, "picture")] if hit.why else [(_thumbnail(hit.path, 320), "picture")]
+    if hit.why:
+        pictures += [(hit.why.overlay(), "where it matches"), *((hit.why.overlay(h.word), h.word) for h in hit.why.words[:3])]
+    shown = "".join(f"<small>{html.escape(p)}</small>" if isinstance(p, str) else
+                    f'<img src="{_data(p)}" alt="{html.escape(t)}"><small>{html.escape(t)}</small>' for p, t in pictures)
+    return f"<figure>{shown}<figcaption><b>{hit.rank}. {hit.score:.3f}</b> {html.escape(_sayable(hit.path))}</figcaption></figure>\n"
+
+
+def _data(picture: Image.Image) -> str:
+    small, out = picture.copy(), io.BytesIO()
+    small.thumbnail((320, 320))
+    small.save(out, "jpeg", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
+
+
+def _thumbnail(path: str, side: int) -> Image.Image | str:
+    """The picture made small, or what to say in its place."""
+    try:
+        picture = decode(path)
+    except UserError:
+        return "unreadable" if os.path.exists(path) else "gone since indexed"
+    picture.thumbnail((side, side))
+    return picture
+
+
+def _sayable(text: str) -> str:
+    """File names may hold bytes that are no text: shown, not written."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _short(text: str, most: int) -> str:
+    text = _sayable(text)
+    return text if len(text) <= most else text[:most - 1] + "…"

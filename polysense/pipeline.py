@@ -1,0 +1,214 @@
+"""A system with everything needed to use it: files, pictures, addresses and strings go in, answers come out.
+
+`open_pipeline(path, *, system=None, layout=None, device=None) -> Pipeline`
+`Pipeline.encode(images=... | texts=...) -> [N,D]`, `.similarity(images, texts) -> [N,M]`, `.label(images, labels) -> list[Labelled]`,
+`.classify(images, classes) -> list[Labelled]`, `.explain(image, text) -> Explanation`, `.detect(image, labels) -> list[Detection]`.
+"""
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from polysense.base.catalogue import catalogue
+from polysense.base.errors import UserError
+from polysense.base.plan import Preset
+from polysense.base.protocols import fulfils
+from polysense.data.images import decode, read_images, window
+from polysense.pipeline_heat import NEUTRAL, Detection, Explanation, Heat, Labelled, content_words, heat_maps, overlay
+from polysense.pipeline_open import best_device, digest_of, find, multiplies_bf16
+
+__all__ = ["Detection", "Explanation", "Heat", "Labelled", "Pipeline", "open_pipeline", "overlay"]
+
+Progress = Callable[[int, int], object]
+TEMPLATES = ("a photo of a {}.",)                     # CLIP's default prompt (Radford et al. 2021, section 3.1.4)
+BACKGROUNDS = ("background", "a blurry photo of nothing in particular.", "a plain surface.", "a texture.")
+THUMBNAIL = 512                                       # longest side of the picture that an explanation is drawn on, pixels
+
+
+class Pipeline:
+    """A Subject (`polysense.base.protocols`): what exams examine and the app stands on."""
+
+    def __init__(self, system: Any, preset: Preset, tokenizer: Any = None, *, id: str = "", source: str = "", device: str | None = None):
+        self.device = best_device(device)
+        self.system, self.preset, self.tokenizer, self.id, self.source = system.to(self.device).eval(), preset, tokenizer, id, source
+
+    # -- what goes in -------------------------------------------------------------------------------------------------------------------
+
+    def prepare(self, image: Any) -> Tensor:
+        """One picture (path, PIL, uint8 array, http address) -> [3,H,W] on the CPU, as the preset's feed says. Safe in threads."""
+        if self.preset.feed.image is None:
+            raise UserError(f"{self.id or 'this system'} does not read pictures", self._who("encode_image"))
+        return read_images(self.preset.feed.image, [image])[0]
+
+    def read_images(self, images: Sequence[Any]) -> Tensor:
+        """Paths, PIL pictures, uint8 arrays or http addresses -> [B,3,H,W] on the device; UserError names the first that cannot be read."""
+        with ThreadPoolExecutor(4) as pool:          # decoding and resampling release the interpreter lock
+            return torch.stack(list(pool.map(self.prepare, images))).to(self.device)
+
+    def read_texts(self, texts: Sequence[str]) -> Tensor:
+        """Strings -> token ids [B,L] on the device."""
+        if self.tokenizer is None:
+            raise UserError(f"{self.id or 'this system'} does not read text", self._who("encode_text"))
+        return self.tokenizer(list(texts)).to(self.device)
+
+    # -- what it is ---------------------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def digest(self) -> str:
+        """Names weights and feed: features of two pipelines can be compared if and only if their digests agree."""
+        return digest_of(self.system, self.preset)
+
+    @cached_property
+    def dim(self) -> int:
+        """Width of the features."""
+        return self.encode(images=[np.zeros((32, 32, 3), np.uint8)]).shape[1]
+
+    @property
+    def scale(self) -> float:
+        """What cosines are multiplied by before a softmax: the learned temperature, or CLIP's final 100."""
+        return float(getattr(self.system, "scale", 100.0))
+
+    def can(self, capability: str) -> bool:
+        return fulfils(self.system, capability)
+
+    def _who(self, capability: str) -> str:
+        able = [card.id for card in catalogue().values() if capability in card.can]
+        return f"systems that can {capability}: {', '.join(able)}" if able else f"no system here can {capability} yet"
+
+    def _need(self, *capabilities: str) -> None:
+        for capability in capabilities:
+            if not self.can(capability):
+                raise UserError(f"{self.id or type(self.system).__name__} cannot {capability}", self._who(capability))
+
+    def _run(self, capability: str, tensor: Tensor) -> np.ndarray:
+        """One capability on one tensor, without a graph, in bf16 where the hardware multiplies it faster; float32 comes out."""
+        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=multiplies_bf16(self.device)):
+            return getattr(self.system, capability)(tensor).float().cpu().numpy()
+
+    # -- verbs --------------------------------------------------------------------------------------------------------------------------
+
+    def encode(self, images: Sequence[Any] | None = None, texts: Sequence[str] | None = None, *, batch_size: int = 64,
+               progress: Progress | None = None) -> np.ndarray:
+        """Unit features [N,D], float32, of pictures or of texts; `progress(done, total)` after each batch."""
+        if (images is None) == (texts is None):
+            raise UserError("encode takes images= or texts=, one of them", "call it twice for both")
+        items: list[Any] = _listed(images if texts is None else texts)
+        if not items:
+            raise UserError("there is nothing to encode", "give at least one picture or text")
+        capability, read = ("encode_image", self.read_images) if texts is None else ("encode_text", self.read_texts)
+        self._need(capability)
+        out = []
+        for start in range(0, len(items), batch_size):
+            out.append(self._run(capability, read(items[start:start + batch_size])))
+            if progress:
+                progress(min(start + batch_size, len(items)), len(items))
+        return np.concatenate(out)
+
+    def encode_prepared(self, batch: Tensor) -> np.ndarray:
+        """Features [B,D] of pictures that `prepare` made: for callers that decode ahead of the encoder."""
+        self._need("encode_image")
+        return self._run("encode_image", batch.to(self.device))
+
+    def similarity(self, images: Sequence[Any], texts: Sequence[str]) -> np.ndarray:
+        """Cosines [N,M] of N pictures and M texts."""
+        return self.encode(images=images) @ self.encode(texts=texts).T
+
+    def prompts(self, labels: Sequence[str], templates: Sequence[str] = TEMPLATES) -> np.ndarray:
+        """Zero-shot classifier rows [C,D]: each label's templates encoded, averaged, normalised again (CLIP, section 3.1.4)."""
+        labels, templates = _listed(labels), _listed(templates)
+        if not labels or not templates:
+            raise UserError("there are no labels" if not labels else "there are no templates", "give at least one")
+        if wrong := [t for t in templates if "{}" not in t]:
+            raise UserError(f"the template {wrong[0]!r} has no place for a label", "write {} where the label goes, as in 'a photo of a {}.'")
+        rows = self.encode(texts=[t.replace("{}", name) for name in labels for t in templates]).reshape(len(labels), len(templates), -1).mean(1)
+        return rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(1e-12)
+
+    def label(self, images: Sequence[Any], labels: Sequence[str], templates: Sequence[str] = TEMPLATES, *, top: int | None = None,
+              progress: Progress | None = None) -> list[Labelled]:
+        """Zero-shot: the probability of each label, softmax of scaled cosines over the labels given, most probable first."""
+        images, labels = _listed(images), _listed(labels)
+        logits = self.scale * self.encode(images=images, progress=progress) @ self.prompts(labels, templates).T
+        return _ranked(images, softmax(logits), labels, top)
+
+    def classify(self, images: Sequence[Any], classes: Sequence[str] | None = None, *, top: int | None = 5) -> list[Labelled]:
+        """The classes that the system was trained on, most probable first; without names they are called by their numbers."""
+        self._need("classify")
+        images = _listed(images)
+        logits = np.concatenate([self._run("classify", self.read_images(images[i:i + 64])) for i in range(0, len(images), 64)])
+        names = [str(i) for i in range(logits.shape[1])] if classes is None else list(classes)
+        if len(names) != logits.shape[1]:
+            raise UserError(f"{len(names)} class names were given", f"the system knows {logits.shape[1]} classes")
+        return _ranked(images, softmax(logits), names, top)
+
+    def explain(self, image: Any, text: str | np.ndarray, *, words: int = 4) -> Explanation:
+        """Where in a picture a text (or a feature [D] in the same space) matches: one heat-map for the whole text, and one each for at most
+        `words` of its words that fit this picture better than a text that says nothing."""
+        self._need("encode_patches", "encode_text")
+        picture = decode(image)
+        tensor = self.read_images([picture])
+        asked = [text, *content_words(text)] if isinstance(text, str) else ["(picture)"]
+        rows = self.encode(texts=[*asked, *NEUTRAL]) if isinstance(text, str) else np.concatenate([text[None], self.encode(texts=NEUTRAL)])
+        thumbnail = picture.copy()
+        thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))
+        whole, *each = heat_maps(self._run("encode_patches", tensor)[0], self._run("encode_image", tensor)[0], asked, rows[:len(asked)],
+                                 rows[len(asked):], thumbnail, window(picture.size, self.preset.feed.image))
+        matched = sorted((h for h in each if h.score > 0), key=lambda h: -h.score)
+        return Explanation(asked[0], thumbnail, whole, tuple(matched[:words]))
+
+    def detect(self, image: Any, labels: Sequence[str], *, templates: Sequence[str] = TEMPLATES, backgrounds: Sequence[str] = BACKGROUNDS,
+               scales: Sequence[float] = (1.0, 0.66, 0.5, 0.33), threshold: float = 0.5, iou: float = 0.3, top: int = 100) -> list[Detection]:
+        """Zero-shot detection (CLIP on region crops): square crops of a grid at several scales (fractions of the short side, half a crop
+        apart) are scored against the labels and the background prompts; what is likelier than `threshold` is kept after
+        non-maximum suppression at overlap `iou` within each label. Best first."""
+        from kornia.geometry.bbox import nms
+
+        picture, labels = decode(image), _listed(labels)
+        rows = np.concatenate([self.prompts(labels, templates), self.encode(texts=backgrounds)]) if backgrounds else self.prompts(labels, templates)
+        boxes = grid_boxes(picture.size, scales)
+        chance = softmax(self.scale * self.encode(images=[picture.crop(tuple(b)) for b in boxes.tolist()]) @ rows.T)
+        crop, which = np.nonzero(chance[:, :len(labels)] >= threshold)
+        score, found = chance[crop, which], boxes[crop] / np.array([*picture.size, *picture.size], np.float32)
+        apart = torch.from_numpy(found + 2.0 * which[:, None].astype(np.float32))       # classes moved apart: one pass suppresses within each
+        kept = nms(apart, torch.from_numpy(score), iou)[:top].tolist() if len(score) else []
+        return [Detection(labels[which[i]], float(score[i]), tuple(float(v) for v in found[i])) for i in kept]
+
+
+def grid_boxes(size: tuple[int, int], scales: Iterable[float]) -> np.ndarray:
+    """Square boxes [N,4] (x0 y0 x1 y1, whole pixels) that cover a picture of (width, height) at each scale, half a box apart."""
+    out = []
+    for side in dict.fromkeys(max(1, round(s * min(size))) for s in scales):
+        x, y = (np.linspace(0, n - side, 1 + int(np.ceil((n - side) / (side / 2)))).round() for n in size)
+        corner = np.stack(np.meshgrid(x, y), -1).reshape(-1, 2)
+        out.append(np.concatenate([corner, corner + side], 1))
+    return np.concatenate(out).astype(np.float32)
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    e = np.exp(logits - logits.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def _listed(items: Any) -> list[Any]:
+    """A list of what was given: a single path, string or picture counts as one."""
+    return [items] if isinstance(items, (str, Path, Image.Image)) or (isinstance(items, np.ndarray) and items.ndim < 4) else list(items)
+
+
+def _ranked(images: Sequence[Any], chance: np.ndarray, names: Sequence[str], top: int | None) -> list[Labelled]:
+    order = np.argsort(-chance, 1, kind="stable")[:, :top]
+    return [Labelled(str(item) if isinstance(item, (str, Path)) else f"#{i}", tuple((names[j], float(p[j])) for j in row))
+            for i, (item, row, p) in enumerate(zip(images, order, chance, strict=True))]
+
+
+def open_pipeline(path: str | Path, *, system: str | None = None, layout: str | None = None, device: str | None = None) -> Pipeline:
+    """Open a run folder, or (with `system` and `layout`) a published checkpoint folder, file or hub id.
+
+    `device`: "cuda", "mps" or "cpu"; by default the first of these that exists. UserError says what is missing and what to give.
+    """
+    name, built, preset, tokenizer, source = find(path, system, layout)
+    return Pipeline(built, preset, tokenizer, id=name, source=source, device=device)
