@@ -187,8 +187,7 @@ PRODUCTS = (
     "Accessory Gift Set", "Backpacks", "Bangle", "Belts", "Bracelet", "Capris", "Caps", "Casual Shoes", "Clutches", "Cufflinks", "Dresses",
     "Duffel Bag", "Dupatta", "Earrings", "Flats", "Flip Flops", "Formal Shoes", "Handbags", "Heels", "Jackets", "Jeans", "Kurta Sets", "Kurtas",
     "Kurtis", "Laptop Bag", "Leggings", "Necklace and Chains", "Pendant", "Ring", "Sandals", "Sarees", "Scarves", "Shirts", "Shorts", "Skirts",
-    "Socks", "Sports Sandals", "Sports Shoes", "Stoles", "Sunglasses", "Sweaters", "Sweatshirts", "Ties", "Tops", "Track Pants", "Trousers", "Tshirts",
-    "Tunics", "Wallets", "Watches")
+    "Socks", "Sports Sandals", "Sports Shoes", "Stoles", "Sunglasses", "Sweaters", "Sweatshirts", "Ties", "Tops", "Track Pants", "Trousers", "Tunics", "Wallets", "Watches")
 
 
 def _product(record: Any) -> Sample:
