@@ -27,6 +27,7 @@ VOCABULARY: dict[str, Key] = {
     "tags": Key("B C", "float", "multi-label targets, 0 or 1"),
     "video": Key("B T 3 H W", "float", "frames, normalised"),
     "audio": Key("B S", "float", "mono samples in [-1, 1] at the feed's rate"),
+    "features": Key("B D", "float", "cached pooled features of a locked tower"),
     "regions": Key("B N D", "float", "features of detected regions"),
     "boxes": Key("B N 4", "float", "boxes as x0 y0 x1 y1 in [0, 1]; rows of -1 are padding"),
     "box_label": Key("B N", "int", "class of each box; -1 is padding"),

@@ -3,6 +3,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polysense.base.errors import UserError
+from polysense.nn.check import check_image
 
 
 class Patches(nn.Conv2d):
@@ -16,9 +17,8 @@ class Patches(nn.Conv2d):
             nn.init.zeros_(self.bias)
 
     def forward(self, image: Tensor) -> Tensor:
+        check_image(image, self.in_channels)
         p, (b, c, h, w) = self.kernel_size[0], image.shape
-        if c != self.in_channels:
-            raise UserError(f"the image has {c} channels", f"this tower reads {self.in_channels}")
         if h % p or w % p:
             raise UserError(f"an image of {h}x{w} pixels does not divide into {p}x{p} patches", f"choose sides that are multiples of {p}")
         flat = image.reshape(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).reshape(b, h // p, w // p, c * p * p)

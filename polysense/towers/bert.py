@@ -4,10 +4,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from polysense.base.errors import UserError
 from polysense.base.spec import Spec
 from polysense.base.system import Part
 from polysense.nn.build import build
+from polysense.nn.check import check_text
 from polysense.nn.transformer import Transformer
 from polysense.towers.encoded import Encoded
 
@@ -48,8 +48,7 @@ class Bert(Part):
     def forward(self, text: Tensor, mask: Tensor | None = None, kind: Tensor | None = None) -> Encoded:
         """text [B,L] ids; mask [B,L] True on real tokens (None: ids other than `pad`); kind [B,L] segments (None: all 0)
         -> tokens [B,L,D], pooled [B,D], mask [B,L]. Raises UserError for a text longer than `length`."""
-        if text.shape[1] > self.length:
-            raise UserError(f"a text of {text.shape[1]} tokens", f"this tower reads at most {self.length}: let the tokenizer cut it")
+        check_text(text, self.length, self.embed.num_embeddings)
         mask = text != self.pad if mask is None else mask.bool()
         kinds = self.kind.weight[0] if kind is None else self.kind(kind)
         x = self.dropout(self.norm_pre(self.embed(text) + self.position[:, :text.shape[1]] + kinds))

@@ -4,10 +4,10 @@ from dataclasses import dataclass, field
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from polysense.base.errors import UserError
 from polysense.base.spec import Spec
 from polysense.base.system import Part
 from polysense.nn.build import build
+from polysense.nn.check import check_image
 from polysense.nn.conv import StandardisedConv
 from polysense.nn.norm import GroupNorm
 from polysense.nn.residual import make_stages
@@ -73,8 +73,7 @@ class Bit(Part):
 
     def features(self, image: Tensor) -> list[Tensor]:
         """image [B,channels,H,W] -> the map [B,C,h,w] after each stage, the last one normed. Raises UserError for a wrong number of channels."""
-        if image.shape[1] != self.channels:
-            raise UserError(f"the image has {image.shape[1]} channels", f"this tower reads {self.channels}")
+        check_image(image, self.channels)
         x, maps = F.max_pool2d(F.pad(self.stem["conv"](image), (1, 1, 1, 1)), 3, 2), []     # the border is 0, not -inf as in ResNet
         for stage in self.stages:
             x = stage(x)

@@ -9,6 +9,7 @@ from polysense.base.errors import UserError
 from polysense.base.spec import Spec
 from polysense.base.system import Part
 from polysense.nn.attention import Attention
+from polysense.nn.check import check_image
 from polysense.nn.conv import ConvNorm
 from polysense.nn.position import fit_positions
 from polysense.nn.residual import Bottleneck, Project, make_stages
@@ -80,8 +81,7 @@ class ClipResNet(Part):
 
     def features(self, image: Tensor) -> list[Tensor]:
         """image [B,channels,H,W] -> the map [B,C,h,w] after each stage. Raises UserError for wrong channels or an odd size."""
-        if image.shape[1] != self.channels:
-            raise UserError(f"the image has {image.shape[1]} channels", f"this tower reads {self.channels}")
+        check_image(image, self.channels)
         if image.shape[2] % self.stride or image.shape[3] % self.stride:
             raise UserError(f"an image of {image.shape[2]}x{image.shape[3]} pixels", f"choose sides that are multiples of {self.stride}")
         x, maps = image, []

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from polysense.base.errors import UserError
 from polysense.base.spec import Spec
 from polysense.base.system import Part
+from polysense.nn.check import check_text
 from polysense.nn.transformer import Transformer
 from polysense.towers.encoded import Encoded
 
@@ -41,8 +41,7 @@ class ClipText(Part):
 
         Raises UserError for a longer text. A text without the end token is read at its first position.
         """
-        if text.shape[1] > self.length:
-            raise UserError(f"a text of {text.shape[1]} tokens", f"this tower reads at most {self.length}: let the tokenizer cut it")
+        check_text(text, self.length, self.embed.num_embeddings)
         last = self.last(text)
         x = self.body(self.embed(text) + self.position[:, :text.shape[1]], causal=True)
         mask = torch.arange(text.shape[1], device=text.device) <= last[:, None]

@@ -3,10 +3,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from polysense.base.errors import UserError
 from polysense.base.spec import Spec
 from polysense.base.system import Part
 from polysense.nn.build import build
+from polysense.nn.check import check_image
 from polysense.nn.residual import Bottleneck, Stem, make_stages
 from polysense.towers.encoded import Encoded
 
@@ -43,8 +43,7 @@ class ResNet(Part):
 
     def features(self, image: Tensor) -> list[Tensor]:
         """image [B,channels,H,W] -> the map [B,C,h,w] after each stage. Raises UserError for a wrong number of channels."""
-        if image.shape[1] != self.channels:
-            raise UserError(f"the image has {image.shape[1]} channels", f"this tower reads {self.channels}")
+        check_image(image, self.channels)
         x, maps = self.stem(image), []
         for stage in self.stages:
             x = stage(x)

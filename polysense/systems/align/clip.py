@@ -1,0 +1,113 @@
+"""CLIP: two towers learn one space from pictures and the texts found beside them.
+
+    I = norm(image_head(vision(image))),  T = norm(text_head(text(ids))),  logits = exp(s) I T^t
+    loss = (CE(rows) + CE(columns)) / 2, the pairs of the batch being the targets (Radford et al. 2021, figure 3)
+
+The negatives are the whole global batch; exp(s) starts at 1/0.07, is learned, and never exceeds 100. The text tower is causal and its
+feature stands at the end token. A classifier for any list of names is then made of texts: embed "a photo of a {}." for each, average over
+templates, re-normalise (`tasks.zero_shot`, `Pipeline.label`); scored on crops it detects (`Pipeline.detect`).
+"""
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from polysense.archetypes.dual_encoder import DualEncoder
+from polysense.base.card import Card
+from polysense.base.system import Batch, Feed, ImagePlan, Losses, Optim, Preset, Stage, Start, TextPlan, ViewPlan, final
+from polysense.nn.attention import Attention
+from polysense.nn.block import PreNorm
+from polysense.nn.head import Linear, Nothing
+from polysense.nn.init import ClipInit
+from polysense.nn.mlp import MLP
+from polysense.nn.norm import LayerNorm
+from polysense.nn.transformer import Transformer
+from polysense.objectives.contrastive import info_nce
+from polysense.towers.clip_resnet import ClipResNet
+from polysense.towers.clip_text import ClipText
+from polysense.towers.vit import ViT
+from polysense.weights import clip_hf, clip_open_clip, clip_openai
+
+card = Card(
+    name="CLIP", paper="Radford et al., Learning Transferable Visual Models From Natural Language Supervision, ICML 2021",
+    arxiv="2103.00020", year=2021,
+    says="Puts pictures and texts into one space: search, zero-shot labels and detection from any list of words.",
+    needs=("image", "text"), can=("encode_image", "encode_text", "encode_patches"), official="openai/CLIP",
+)
+
+PARAMETERS = 427_616_513                     # ViT-L/14 at 224, the released archive
+
+weights = {"openai": clip_openai.LAYOUT, "hf": clip_hf.LAYOUT, "open_clip": clip_open_clip.LAYOUT}
+
+
+@final
+class CLIP(DualEncoder):
+    @dataclass(frozen=True, kw_only=True)
+    class Config(DualEncoder.Config):
+        pass
+
+    def embed(self, batch: Batch) -> dict[str, Tensor]:
+        return {"image": self.encode_image(batch["image"]), "text": self.encode_text(batch["text"])}
+
+    def compare(self, seen: dict[str, Tensor]) -> Losses:
+        return Losses(contrast=info_nce(seen["image"], seen["text"], self.scale))
+
+
+def body(width: int, depth: int, heads: int, act: str = "quick_gelu") -> Transformer.Config:
+    """CLIP's transformer. OpenAI's weights use QuickGELU, LAION's exact GELU: it is said here, never guessed."""
+    return Transformer.Config(width=width, depth=depth, heads=heads, init=ClipInit.Config(),
+                              block=PreNorm.Config(attn=Attention.Config(), mlp=MLP.Config(act=act)))
+
+
+def image_tower(size: int, patch: int, of: Transformer.Config) -> ViT.Config:
+    return ViT.Config(image_size=size, patch=patch, body=of, patch_bias="", norm_pre=LayerNorm.Config(), dense="values", std=None)
+
+
+def config(size: int, patch: int, image: Transformer.Config, text: Transformer.Config, dim: int, vocab: int = 49408, length: int = 77,
+           end: int | None = None) -> CLIP.Config:
+    """A CLIP of two transformers; `end=None` finds the end token as OpenAI does, by its being the largest id."""
+    return CLIP.Config(vision=image_tower(size, patch, image), text=ClipText.Config(vocab=vocab, length=length, body=text, end=end),
+                       image_head=Linear.Config(into=image.width, out=dim), text_head=Linear.Config(into=text.width, out=dim))
+
+
+def tiny() -> Preset:
+    return Preset(
+        data="scenes", config=config(64, 8, body(192, 6, 3), body(192, 3, 3), dim=192, vocab=4096, length=48, end=2),
+        feed=Feed(image=ImagePlan(size=64), train_image=ViewPlan(size=64, scale=(0.6, 1.0), flip=0.5),
+                  text=TextPlan(vocab=4096, length=48)),
+        stages=(Stage(objective=CLIP.compare, embed=CLIP.embed, steps=400, batch_size=128,
+                      optim=Optim(lr=1e-3, weight_decay=0.2, betas=(0.9, 0.98), eps=1e-6, warmup=40, clip=1.0)),))
+
+
+def _paper(of: CLIP.Config, size: int, lr: float, betas: tuple[float, float] = (0.9, 0.98), eps: float = 1e-6) -> Preset:
+    return Preset(
+        data="wit400m", config=of,
+        feed=Feed(image=ImagePlan(size=size), train_image=ViewPlan(size=size, scale=(0.9, 1.0), ratio=(1.0, 1.0)),
+                  text=TextPlan(vocab=49408, length=77, pad="zero")),
+        stages=(Stage(objective=CLIP.compare, embed=CLIP.embed, steps=32 * 400_000_000 // 32_768, batch_size=32_768, checkpoint_activations=True,
+                      optim=Optim(lr=lr, weight_decay=0.2, betas=betas, eps=eps, warmup=2000)),))
+
+
+def paper() -> Preset:
+    """ViT-L/14 at 224 px (section 2.5 and table 20)."""
+    return _paper(config(224, 14, body(1024, 24, 16), body(768, 12, 12), dim=768), 224, 4e-4)
+
+
+def paper_336() -> Preset:
+    """ViT-L/14@336px: one more epoch at the higher resolution, on interpolated positions."""
+    base = _paper(config(336, 14, body(1024, 24, 16), body(768, 12, 12), dim=768), 336, 4e-5)
+    return base.but(starts=(Start(into="", from_="clip", preset="paper"),)).but(**{"stages.0.steps": 400_000_000 // 32_768})
+
+
+def vit_b_32() -> Preset:
+    return _paper(config(224, 32, body(768, 12, 12), body(512, 12, 8), dim=512), 224, 5e-4)
+
+
+def vit_b_16() -> Preset:
+    return _paper(config(224, 16, body(768, 12, 12), body(512, 12, 8), dim=512), 224, 5e-4)
+
+
+def rn50() -> Preset:
+    """The ResNet tower: its attention pool is the head."""
+    text = ClipText.Config(vocab=49408, length=77, body=body(512, 12, 8))
+    return _paper(CLIP.Config(vision=ClipResNet.Config(image_size=224, layers=(3, 4, 6, 3), base=64, heads=32, dim=1024), text=text,
+                              image_head=Nothing.Config(), text_head=Linear.Config(into=512, out=1024)), 224, 5e-4, (0.9, 0.999), 1e-8)
