@@ -21,13 +21,15 @@ from polysense.base.plan import Preset
 from polysense.base.protocols import fulfils
 from polysense.data.images import decode, read_images, window
 from polysense.pipeline_heat import NEUTRAL, Detection, Explanation, Heat, Labelled, content_words, heat_maps, overlay
-from polysense.pipeline_open import best_device, digest_of, find, multiplies_bf16
+from polysense.pipeline_open import best_device, digest_of, find
+from polysense.train.precision import autocast
 
 __all__ = ["Detection", "Explanation", "Heat", "Labelled", "Pipeline", "open_pipeline", "overlay"]
 
 Progress = Callable[[int, int], object]
 TEMPLATES = ("a photo of a {}.",)                     # CLIP's default prompt (Radford et al. 2021, section 3.1.4)
 BACKGROUNDS = ("background", "a blurry photo of nothing in particular.", "a plain surface.", "a texture.")
+SHARE = 1 / 64                                        # of the patches that a word must win to count as matched
 THUMBNAIL = 512                                       # longest side of the picture that an explanation is drawn on, pixels
 
 
@@ -88,7 +90,7 @@ class Pipeline:
 
     def _run(self, capability: str, tensor: Tensor) -> np.ndarray:
         """One capability on one tensor, without a graph, in bf16 where the hardware multiplies it faster; float32 comes out."""
-        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=multiplies_bf16(self.device)):
+        with torch.inference_mode(), autocast("auto", self.device)(True):
             return getattr(self.system, capability)(tensor).float().cpu().numpy()
 
     # -- verbs --------------------------------------------------------------------------------------------------------------------------
@@ -148,7 +150,7 @@ class Pipeline:
 
     def explain(self, image: Any, text: str | np.ndarray, *, words: int = 4) -> Explanation:
         """Where in a picture a text (or a feature [D] in the same space) matches: one heat-map for the whole text, and one each for at most
-        `words` of its words that fit this picture better than a text that says nothing."""
+        `words` of its words that matched: they fit the picture, or win some of its patches, against texts that say nothing."""
         self._need("encode_patches", "encode_text")
         picture = decode(image)
         tensor = self.read_images([picture])
@@ -158,7 +160,7 @@ class Pipeline:
         thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))
         whole, *each = heat_maps(self._run("encode_patches", tensor)[0], self._run("encode_image", tensor)[0], asked, rows[:len(asked)],
                                  rows[len(asked):], thumbnail, window(picture.size, self.preset.feed.image))
-        matched = sorted((h for h in each if h.score > 0), key=lambda h: -h.score)
+        matched = sorted((h for h in each if h.score > 0 or h.share >= SHARE), key=lambda h: -h.score)
         return Explanation(asked[0], thumbnail, whole, tuple(matched[:words]))
 
     def detect(self, image: Any, labels: Sequence[str], *, templates: Sequence[str] = TEMPLATES, backgrounds: Sequence[str] = BACKGROUNDS,

@@ -43,9 +43,11 @@ class Detection:
 @dataclass(frozen=True)
 class Heat:
     """Where one word matches: `map` [H,W] float32 in 0..1 over `Explanation.image`; `score` is how much better the word fits the whole
-    picture than a text that says nothing (a difference of cosines); `patches` [h,w] are the unstretched differences patch by patch."""
+    picture than a text that says nothing (a difference of cosines); `share` the part of the patches that it explains better than any other word
+    and any empty text; `patches` [h,w] are the unstretched differences patch by patch."""
     word: str
     score: float
+    share: float
     map: Array
     patches: Array
 
@@ -56,7 +58,7 @@ class Heat:
         return (float(x) + 0.5) / self.map.shape[1], (float(y) + 0.5) / self.map.shape[0]
 
     def to_json(self) -> dict[str, Any]:
-        return {"word": self.word, "score": self.score, "peak": list(self.peak)}
+        return {"word": self.word, "score": self.score, "share": self.share, "peak": list(self.peak)}
 
 
 @dataclass(frozen=True)
@@ -103,9 +105,12 @@ def heat_maps(patches: Array, image: Array, texts: list[str], features: Array, n
     scores, raw = contrast @ image, np.einsum("hwd,nd->nhw", patches, contrast).astype(np.float32)
     low, high = raw.min((1, 2), keepdims=True), raw.max((1, 2), keepdims=True)
     flat = (raw - low) / np.maximum(high - low, 1e-6)
+    # as in zero-shot segmentation: each patch goes to the text that fits it best; the first text is the whole query, which competes with no word
+    rivals = np.concatenate([np.einsum("hwd,md->mhw", patches, neutral - neutral.mean(0)).max(0, keepdims=True), raw[1:]])
+    share = [1.0, *((rivals.argmax(0) == i + 1).mean() for i in range(len(texts) - 1))]
     w, h = thumbnail.size
     x0, y0, x1, y1 = (round(v * s) for v, s in zip(seen, (w, h, w, h), strict=True))
     maps = np.zeros((len(texts), h, w), np.float32)
     for i, small in enumerate(flat):
         maps[i, y0:y1, x0:x1] = np.asarray(Image.fromarray(small).resize((x1 - x0, y1 - y0), Image.Resampling.BILINEAR)).clip(0, 1)
-    return [Heat(t, float(s), m, r) for t, s, m, r in zip(texts, scores, maps, raw, strict=True)]
+    return [Heat(t, float(s), float(p), m, r) for t, s, p, m, r in zip(texts, scores, share, maps, raw, strict=True)]

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from polysense.base.catalogue import catalogue, load, preset_of
+from polysense.base.catalogue import load, preset_of
 from polysense.base.errors import UserError
 from polysense.base.plan import Preset
 
@@ -22,13 +22,6 @@ def best_device(name: str | None = None) -> torch.device:
         return torch.zeros((), device=name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"there is no device {name!r} here", "use cpu, or leave it out") from error
-
-
-def multiplies_bf16(device: torch.device) -> bool:
-    """Whether this device multiplies bfloat16 matrices faster than float32: recent GPUs, and processors with AMX tiles."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
 
 
 def digest_of(system: torch.nn.Module, preset: Preset) -> str:
@@ -83,8 +76,7 @@ def find(path: str | Path, system: str | None, layout: str | None) -> tuple[str,
     if not place.exists() and not HUB_ID.fullmatch(str(path)):
         raise UserError(f"no run or checkpoint at {str(path)!r}", "give a run folder, a checkpoint folder or file, or a hub id such as owner/name")
     if not system or not layout:
-        known = [name for name in catalogue() if getattr(load(name), "weights", None)] if not system else [system]
         raise UserError(f"{str(path)!r} has no run.json, so it is not a run of polysense",
-                        f"for a published checkpoint say system= (one of {', '.join(known) or 'none yet'}) and layout= (such as hf or openai)")
+                        f"for a published checkpoint say system={system or '(such as clip; see `polysense list`)'} and layout=(such as hf or openai)")
     place = place if place.exists() else download(str(path))
     return system, *read_official(place, system, layout), str(path)

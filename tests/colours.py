@@ -17,9 +17,9 @@ WORDS = ["", *RGB]
 
 
 def feature(rgb: Tensor) -> Tensor:
-    """rgb [...,3] in 0..1 -> [...,4] of unit norm: chroma, and a little brightness."""
+    """rgb [...,3] in 0..1 -> [...,4] of unit norm: chroma, a little brightness, and a bias that greyness turns to."""
     chroma = rgb - rgb.mean(-1, keepdim=True)
-    return F.normalize(torch.cat([chroma, 0.2 * (rgb.mean(-1, keepdim=True) - 0.5) + 0.02], -1), dim=-1)
+    return F.normalize(torch.cat([chroma, 0.2 * (rgb.mean(-1, keepdim=True) - 0.5) + 0.4], -1), dim=-1)
 
 
 @final
