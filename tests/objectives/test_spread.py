@@ -1,0 +1,80 @@
+"""Two processes (gloo) against one: mean of the losses, sum-over-ranks gradients, equal and unequal shares of the batch."""
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+
+from polysense.objectives.contrastive import info_nce, multi_positive, nt_xent, sigmoid_loss
+from polysense.objectives.spread import gather, places, spread, world
+
+N, D, RANKS = 9, 6, 2
+LABEL, TEXT_LABEL = torch.tensor([0, 0, 1, 2, 2, 3, 0, 1, 5]), torch.tensor([0, 1, 1, 2, 0, 3, 0, 1, 6])
+LOSSES = {
+    "info_nce": lambda a, b, s, part: info_nce(a, b, s),
+    "nt_xent": lambda a, b, s, part: nt_xent(a, b, 1 / s),
+    "sigmoid": lambda a, b, s, part: sigmoid_loss(a, b, s, -s / 3),
+    "multi_positive": lambda a, b, s, part: multi_positive(a, b, s, LABEL[part], TEXT_LABEL[part]),
+}
+
+
+def run(part: slice) -> dict[str, tuple]:
+    """Loss and gradients of every loss for some rows of the batch; the gradient of a two-layer tower stands for a model's."""
+    out = {}
+    for name, loss in LOSSES.items():
+        g = torch.Generator().manual_seed(0)
+        tower, a, b = (torch.randn(shape, generator=g) for shape in ((D, D), (N, D), (N, D)))
+        tower, scale = tower.requires_grad_(), torch.tensor(5.0, requires_grad=True)
+        one, two = F.normalize(a[part] @ tower, dim=-1), F.normalize(b[part] @ tower.T, dim=-1)
+        value = loss(one, two, scale, part)
+        value.backward()
+        out[name] = (value.detach(), tower.grad, scale.grad)
+    return out
+
+
+def worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=RANKS)
+    for case, cut in (("equal", 4), ("unequal", 7)):
+        n = 2 * cut if case == "equal" else N
+        part = slice(0, cut) if rank == 0 else slice(cut, n)
+        with spread():
+            assert world() == (rank, RANKS)
+            rows = run(part)
+            x = torch.arange(part.start, part.stop).float()[:, None].requires_grad_()
+            everyone = gather(x)
+            ((rank + 1) * everyone.square()).sum().backward()
+            at = places(x)
+        assert everyone.flatten().tolist() == list(range(n)) and at.start == part.start and at.total == n
+        torch.testing.assert_close(x.grad, 2 * 3 * x.detach())               # what both ranks (1 + 2) want of my rows
+        assert world() == (0, 1)
+        torch.save(rows, Path(folder) / f"{case}{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> dict[str, list]:
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(worker, (folder,), nprocs=RANKS)
+        return {case: [torch.load(Path(folder) / f"{case}{r}.pt") for r in range(RANKS)] for case in ("equal", "unequal")}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("case, n", [("equal", 8), ("unequal", N)])
+def test_the_mean_over_ranks_is_the_global_loss(name: str, case: str, n: int, two_ranks):
+    alone = run(slice(0, n))[name]
+    together = [torch.stack(values).mean(0) for values in zip(*(rank[name] for rank in two_ranks[case]), strict=True)]
+    for ours, single in zip(together, alone, strict=True):
+        torch.testing.assert_close(ours, single, rtol=2e-6, atol=1e-6)
+
+
+def test_without_processes_spread_changes_nothing():
+    a, b = F.normalize(torch.randn(4, 3), dim=-1), F.normalize(torch.randn(4, 3), dim=-1)
+    with spread():
+        assert world() == (0, 1)
+        assert gather(a) is a
+        inside = info_nce(a, b, 2.0)
+    assert inside == info_nce(a, b, 2.0)
