@@ -1,0 +1,106 @@
+"""Reading `scenes:single?n=5000&size=64&seed=1`."""
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+
+from polysense.base.errors import UserError
+from polysense.data.scenes.palette import COLOURS, SHAPES
+from polysense.data.scenes.world import SPLITS
+
+_ALL = {"n": 0, "size": 64, "seed": 0}
+COUNTS = {"train": 20000, "val": 1000, "test": 2000}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What stands behind the question mark, with its defaults.
+
+    n: samples (0: 20000 train, 1000 val, 2000 test) · size: pixels · seed · captions: phrasings a sample · combos: `seen`, `heldout` or `all`
+    pairs of colour and shape · objects: `2` or `1-4` things a scene · digits: chance that a thing is a handwritten digit · style: `rich` or
+    `plain` · shapes, colours: how many of them (`6`), or which (`circle,star`) · hint: `edges`, `depth`, `segments` or `all` · frames, of a
+    clip · seconds, of a sound.
+    """
+    variant: str = ""
+    split: str = "train"
+    n: int = 0
+    size: int = 64
+    seed: int = 0
+    captions: int = 5
+    combos: str = "seen"
+    objects: tuple[int, int] = (1, 4)
+    digits: float = 0.12
+    style: str = "rich"
+    shapes: tuple[str, ...] = SHAPES
+    colours: tuple[str, ...] = tuple(COLOURS)
+    hint: str = "edges"
+    frames: int = 8
+    seconds: float = 1.0
+
+
+VARIANTS: dict[str, dict[str, object]] = {                        # a variant = other defaults
+    "": {}, "single": {"objects": (1, 1), "digits": 0.0}, "combos": {"objects": (1, 1), "digits": 0.0}, "digits": {"objects": (1, 1), "digits": 1.0},
+    "qa": {"objects": (1, 4)}, "edits": {"objects": (1, 3)}, "clips": {"objects": (1, 2), "digits": 0.0}, "sounds": {"digits": 0.0}}
+_CHOICES = {"combos": ("seen", "heldout", "all"), "style": ("rich", "plain"), "hint": ("edges", "depth", "segments", "all")}
+_LOW = {"n": 0, "size": 8, "seed": 0, "captions": 1, "frames": 2, "digits": 0.0, "seconds": 0.1}
+_HIGH = {"size": 4096, "seed": 2 ** 48 - 1, "captions": 100, "frames": 256, "digits": 1.0, "seconds": 60.0, "n": 2 ** 40}
+
+
+def read_options(spec: str, split: str) -> Options:
+    """`scenes[:variant][?key=value&...]` and a split -> Options. Raises UserError that names the nearest option for a typo."""
+    if split not in SPLITS:
+        raise UserError(f"scenes have no split {split!r}", f"choose {', '.join(SPLITS)}")
+    head, _, query = spec.partition("?")
+    name, _, variant = head.partition(":")
+    if name != "scenes":
+        raise UserError(f"{spec!r} does not name scenes", "it looks like scenes, scenes:single or scenes:edits?size=32")
+    if variant not in VARIANTS:
+        raise UserError(f"scenes have no variant {variant!r}", f"choose {_nearest(variant, [v for v in VARIANTS if v])}")
+    values: dict[str, object] = {"variant": variant, "split": split, **VARIANTS[variant]}
+    if variant == "combos" and split == "test":
+        values["combos"] = "heldout"
+    names = [f.name for f in fields(Options) if f.name not in ("variant", "split")]
+    for word in filter(None, query.split("&")):
+        key, _, text = word.partition("=")
+        if key not in names:
+            raise UserError(f"scenes have no option {key!r}", f"did you mean {_nearest(key, names)}?")
+        values[key] = _read(key, text)
+    out = Options(**values)  # type: ignore[arg-type]
+    return out if out.n else Options(**{**values, "n": COUNTS[split]})  # type: ignore[arg-type]
+
+
+def _nearest(word: str, names: list[str]) -> str:
+    return " or ".join(get_close_matches(word, names, 2, 0.5)) or ", ".join(names)
+
+
+def _read(key: str, text: str) -> object:
+    default = getattr(Options, key)
+    if key in _CHOICES:
+        if text not in _CHOICES[key]:
+            raise UserError(f"{key}={text} is unknown", f"choose {', '.join(_CHOICES[key])}")
+        return text
+    if key in ("shapes", "colours"):
+        return _names(key, text, default)
+    try:
+        if key == "objects":
+            low, _, high = text.partition("-")
+            pair = int(low), int(high or low)
+            if not 1 <= pair[0] <= pair[1] <= 12:
+                raise ValueError
+            return pair
+        value = type(default)(text)
+    except ValueError:
+        raise UserError(f"cannot read {key}={text}", "objects look like 3 or 1-4, at most 12" if key == "objects" else "a number is needed") from None
+    if not _LOW[key] <= value <= _HIGH[key]:
+        raise UserError(f"{key}={text} is out of range", f"it goes from {_LOW[key]} to {_HIGH[key]}")
+    return value
+
+
+def _names(key: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    if text.isdigit():
+        if not 1 <= int(text) <= len(known):
+            raise UserError(f"{key}={text} is out of range", f"there are {len(known)}")
+        return known[:int(text)]
+    chosen = tuple(text.split(","))
+    for name in chosen:
+        if name not in known:
+            raise UserError(f"{name!r} is not one of the {key}", f"did you mean {_nearest(name, list(known))}?")
+    return tuple(dict.fromkeys(chosen))
