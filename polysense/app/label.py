@@ -63,7 +63,7 @@ def label_folder(pipeline: Any, photos: str | Path, labels: str | Path | Sequenc
         raise UserError(f"cannot give {top} labels a picture", "ask for at least one")
     top = min(top, len(names))
     rows = pipeline.prompts(names, templates)
-    paths = [p for p, _, _ in find_photos(photos)]
+    paths = sorted(p for p, _, _ in find_photos(photos))
     if not paths:
         raise UserError(f"no pictures in {str(photos)!r}", "check the path")
     what = json.dumps([pipeline.digest, names, list(templates), top, str(photos)])

@@ -18,6 +18,7 @@ from polysense.app.photos import PhotoIndex, Row
 from polysense.base.errors import UserError, need_extra
 
 PAGE = 4096                                          # rows asked for or sent at a time: below Milvus's limits on message size
+ABOUT = "about"
 FIELDS = ["path", "size", "mtime", "sha", "reason"]
 
 
@@ -37,18 +38,14 @@ class MilvusIndex(PhotoIndex):
             if pipeline is None:
                 raise UserError(f"Milvus at {uri!r} has no collection {collection!r}", "index some pictures into it first")
             self._create(pipeline)
-        said = json.loads(self.client.describe_collection(collection)["description"] or "{}")
-        if "digest" not in said:
-            raise UserError(f"the collection {collection!r} was not made by polysense", "give another name")
-        self.digest, self.model, self.dim = said["digest"], said["model"], said["dim"]
         self.client.load_collection(collection)
+        self.digest, self.model, self.dim = self._about()
         if pipeline is not None:
             self.check(pipeline)
 
     def _create(self, pipeline: Any) -> None:
         kind = self.milvus.DataType
-        about = json.dumps({"digest": pipeline.digest, "model": pipeline.source, "dim": pipeline.dim})
-        schema = self.client.create_schema(auto_id=False, enable_dynamic_field=False, description=about)
+        schema = self.client.create_schema(auto_id=False, enable_dynamic_field=False)
         schema.add_field("id", kind.VARCHAR, is_primary=True, max_length=32)
         schema.add_field("path", kind.VARCHAR, max_length=16384)
         schema.add_field("size", kind.INT64)
@@ -59,6 +56,18 @@ class MilvusIndex(PhotoIndex):
         ways = self.client.prepare_index_params()
         ways.add_index("vector", index_type="AUTOINDEX", metric_type="IP")
         self.client.create_collection(self.collection, schema=schema, index_params=ways, consistency_level="Strong")
+        # Milvus Lite drops descriptions, so what the index is about stands in a row that no query for pictures finds
+        about = json.dumps({"digest": pipeline.digest, "model": pipeline.source, "dim": pipeline.dim})
+        self.client.insert(self.collection, [{"id": ABOUT, "path": "", "size": -1, "mtime": 0, "sha": "", "reason": about,
+                                              "vector": [0.0] * pipeline.dim}])
+
+    def _about(self) -> tuple[str, str, int]:
+        try:
+            (row,) = self.client.get(self.collection, ids=[ABOUT], output_fields=["reason"])
+            said = json.loads(row["reason"])
+            return said["digest"], said["model"], said["dim"]
+        except (self.milvus.MilvusException, ValueError, KeyError) as error:
+            raise UserError(f"the collection {self.collection!r} was not made by polysense", "give another name") from error
 
     def close(self) -> None:
         self.client.close()
@@ -93,6 +102,7 @@ class MilvusIndex(PhotoIndex):
             self.client.delete(self.collection, ids=[_id(k) for k in keys[start:start + PAGE]])
 
     def nearest(self, vectors: np.ndarray, k: int) -> list[list[tuple[str, float]]]:
+        """As everywhere, but at most 16,384: Milvus finds no more at a time."""
         found = self.client.search(self.collection, data=vectors.tolist(), limit=min(k, 16384), filter='reason == ""', output_fields=["path"],
                                    search_params={"metric_type": "IP"})
         return [[(_path(hit["entity"]["path"]), float(hit["distance"])) for hit in row] for row in found]
