@@ -1,7 +1,7 @@
 """One process or many: the only file that knows ranks. Started by torchrun, the ranks share each global batch and end with the same weights."""
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -105,6 +105,21 @@ class World:
         dist.broadcast_object_list(box, 0, device=self.device if self.device.type == "cuda" else None)
         return box[0]
 
+    def leading(self, do: Callable[[], Any]) -> Any:
+        """What `do` returns on rank 0, on every rank; a UserError there is raised on every rank."""
+        if self.size == 1:
+            return do()
+        told: tuple[Any, UserError | None] = (None, None)
+        if self.first:
+            try:
+                told = do(), None
+            except UserError as error:
+                told = None, UserError(error.what, error.advice)
+        value, error = self.agreed(told)
+        if error is not None:
+            raise error
+        return value
+
     def gathered(self, value: Any) -> list[Any]:
         """Every rank's value, in order of ranks."""
         if self.size == 1:
@@ -169,16 +184,16 @@ def total_norm(tensors: list[Tensor]) -> Tensor:
     return square.sqrt()
 
 
-class SyncNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm over the batches of all ranks on any device (torch's SyncBatchNorm needs a GPU). Parameters and buffers are batch norm's."""
+class SyncNorm:
+    """Mixed into a batch norm: statistics over the batches of all ranks, on any device (torch's SyncBatchNorm needs a GPU)."""
 
     def _check_input_dim(self, input: Tensor) -> None:
         pass
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self: Any, input: Tensor) -> Tensor:
         """[B, C, ...] -> the same shape; plain batch norm where the running statistics are used."""
         if not self.training and self.track_running_stats:
-            return super().forward(input)
+            return super().forward(input)  # type: ignore[misc]
         from torch.distributed.nn.functional import all_reduce
 
         dims = [d for d in range(input.ndim) if d != 1]
@@ -205,5 +220,5 @@ class SyncNorm(nn.modules.batchnorm._BatchNorm):
 def synchronise_norms(module: nn.Module) -> None:
     """Turns every batch norm inside into `SyncNorm`, in place: same names, same tensors."""
     for m in module.modules():
-        if isinstance(m, nn.modules.batchnorm._BatchNorm):
-            m.__class__ = SyncNorm
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and not isinstance(m, SyncNorm):
+            m.__class__ = type(type(m).__name__, (SyncNorm, type(m)), {})

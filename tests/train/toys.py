@@ -67,6 +67,7 @@ class Toy(System):
         self.seen += 1
 
 
+OF_OPTIM = set(Optim.__dataclass_fields__) - {"name"}
 TRAINABLE = ("vision.*", "text.*", "words.*", "log_scale")
 
 
@@ -78,7 +79,7 @@ def batch_of(index: list[int]) -> Batch:
 
 
 def stage_of(**changes) -> Stage:
-    optim = Optim(**{"lr": 1e-2, **{k: changes.pop(k) for k in list(changes) if k in Optim.__dataclass_fields__}})
+    optim = Optim(**{"lr": 1e-2, **{k: changes.pop(k) for k in list(changes) if k in OF_OPTIM}})
     return Stage(**{"objective": Toy.compare, "embed": Toy.embed, "trainable": TRAINABLE, "steps": 6, "batch_size": 8, "optim": optim,
                     "precision": "fp32", **changes})
 
@@ -90,3 +91,33 @@ def toy(seed: int = 0, **config) -> Toy:
 
 def preset_of(*stages: Stage, **config) -> Preset:
     return Preset(config=Toy.Config(**config), stages=stages or (stage_of(),), data="toy")
+
+
+class ToyStream:
+    """Endless batches; the batch at a position depends on (seed, position) alone, each rank gets its slice."""
+
+    def __init__(self, size: int, seed: int, state, rank: int = 0, world: int = 1):
+        self.size, self.seed, self.at, self.rank, self.world, self.skipped = size, seed, (state or {"at": 0})["at"], rank, world, []
+
+    def __iter__(self):
+        while True:
+            index = [self.seed * 100_003 + self.at * self.size + i for i in range(self.size)]
+            self.at += 1
+            share = self.size // self.world
+            yield batch_of(index[self.rank * share:(self.rank + 1) * share])
+
+    def state(self):
+        return {"at": self.at}
+
+
+class ToyFeeding:
+    name, size, tokenizer = "toy", 1000, None
+
+    def open(self, keep_tokenizer, lent):
+        pass
+
+    def stream(self, stage, seed, state, world):
+        return ToyStream(stage.batch_size, seed, state, world.rank, world.size)
+
+    def names(self, rows):
+        return [f"sample{r}" for r in rows]

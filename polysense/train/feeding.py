@@ -1,0 +1,96 @@
+"""Where a run's batches come from: the source, the tokeniser and the loader of the data floor, under one small interface."""
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Protocol
+
+from polysense.base.batch import Batch
+from polysense.base.errors import UserError
+from polysense.base.plan import Preset, Stage
+from polysense.base.spec import Spec
+from polysense.train.parallel import World
+
+
+class Stream(Protocol):
+    """Endless batches with a position. `skipped`: samples that could not be read, as (id, reason) pairs."""
+    skipped: list[tuple[str, str]]
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def state(self) -> Any:
+        """JSON-ready position behind the last batch that was taken."""
+        ...
+
+
+class Feeding(Protocol):
+    """What `train_preset` asks of its data."""
+    name: str
+    size: int
+    tokenizer: Any
+
+    def open(self, keep_tokenizer: Callable[..., Any], lent: Any) -> None:
+        """Called once, before the first batch. keep_tokenizer(make, load) keeps a tokenizer in the run folder; `lent` is that of a Start."""
+        ...
+
+    def stream(self, stage: Stage, seed: int, state: Any, world: World) -> Stream: ...
+
+    def names(self, rows: list[int]) -> list[str]:
+        """Sample ids of `batch["index"]`."""
+        ...
+
+
+class SourceFeeding:
+    """The samples of `preset.data` as `preset.feed` says. Raises UserError where they do not offer what the system needs."""
+
+    def __init__(self, preset: Preset, needs: Iterable[str], split: str = "train", workers: int | None = None):
+        from polysense.data import source
+
+        self.preset, self.workers, self.tokenizer = preset, workers, None
+        self.source = source(preset.data, split=split)
+        self.name, self.size = self.source.name, len(self.source)
+        if not self.size:
+            raise UserError(f"{preset.data} holds no samples", "look at the folder, or choose another split")
+        for need in needs:
+            if not any(k in self.source.offers for k in need.split("|")):
+                raise UserError(f"the system needs {need.replace('|', ' or ')}, which {self.name} does not offer",
+                                f"it offers {', '.join(self.source.offers)}; `polysense data list` shows what others do")
+
+    def open(self, keep_tokenizer: Callable[..., Any], lent: Any) -> None:
+        plan = self.preset.feed.text
+        if plan is None:
+            return
+        from polysense.data.tokenizer import load_tokenizer, make_tokenizer
+
+        def make() -> Any:
+            return lent if lent is not None and lent.plan == plan else make_tokenizer(plan, self.source.captions())
+
+        def load(folder: Path) -> Any:
+            return load_tokenizer(folder, plan)
+
+        self.tokenizer = keep_tokenizer(make, load)
+        for path, vocab in vocabularies(self.preset.config):
+            if self.tokenizer.vocab > vocab:
+                raise UserError(f"the tokenizer has {self.tokenizer.vocab} tokens, but {path}={vocab}", f"set feed.text.vocab to at most {vocab}")
+
+    def stream(self, stage: Stage, seed: int, state: Any, world: World) -> Stream:
+        from polysense.data.loader import Loader
+
+        if stage.batch_size > self.size:
+            raise UserError(f"a batch of {stage.batch_size} is larger than {self.name} with its {self.size} samples",
+                            f"set batch_size={self.size} or less, or add data")
+        more = {} if self.workers is None else {"workers": self.workers}
+        return Loader(self.source, self.preset.feed, self.tokenizer, batch_size=stage.batch_size, seed=seed, train=True, rank=world.rank,
+                      world=world.size, state=state, **more)
+
+    def names(self, rows: list[int]) -> list[str]:
+        return [self.source.id(i) for i in rows]
+
+
+def vocabularies(config: Spec, path: str = "config") -> Iterator[tuple[str, int]]:
+    """(dotted path, value) of every field called `vocab` in a configuration."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if f.name == "vocab" and isinstance(value, int):
+            yield f"{path}.vocab", value
+        elif isinstance(value, Spec):
+            yield from vocabularies(value, f"{path}.{f.name}")
