@@ -80,15 +80,16 @@ def encode_folder_with_ray(photos: str | Path, opener: str | Path | Callable[[],
     names = sorted(vectors)
     matrix = np.stack([vectors[n] for n in names]) if names else np.zeros((0, 0), np.float32)
     with place(out) as beside:
-        _save(beside, out.suffix, names, matrix)
+        save_vectors(beside, out.suffix, names, matrix)
     return BulkReport(str(out), len(names), matrix.shape[1], sorted(skipped))
 
 
-def _save(file: Path, suffix: str, names: list[str], matrix: np.ndarray) -> None:
+def save_vectors(file: Path, suffix: str, names: list[str], matrix: np.ndarray, column: str = "path") -> None:
+    """`names` [N] under the name `column`, and `vector` [N,D], as .npz or .parquet."""
     if suffix == ".npz":
         with open(file, "wb") as f:
-            np.savez(f, path=np.array(names, str), vector=matrix)
+            np.savez(f, **{column: np.array(names, str), "vector": matrix})
         return
     arrow, parquet = need_extra("pyarrow", "parquet"), need_extra("pyarrow.parquet", "parquet")
-    column = arrow.FixedSizeListArray.from_arrays(arrow.array(matrix.ravel()), max(1, matrix.shape[1]))
-    parquet.write_table(arrow.table({"path": [os.fsencode(n).decode("utf-8", "backslashreplace") for n in names], "vector": column}), file)
+    vectors = arrow.FixedSizeListArray.from_arrays(arrow.array(matrix.ravel()), max(1, matrix.shape[1]))
+    parquet.write_table(arrow.table({column: [os.fsencode(n).decode("utf-8", "backslashreplace") for n in names], "vector": vectors}), file)

@@ -1,0 +1,140 @@
+"""train, exam, prove, report: a system learns and is examined."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from polysense.base.errors import UserError
+from polysense.cli.systems import Id, Json
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or with --system and --layout a published checkpoint.")]
+System = Annotated[str | None, typer.Option(metavar="ID", help="Of a published checkpoint: which system it is.")]
+Layout = Annotated[str | None, typer.Option(metavar="LAYOUT", help="Of a published checkpoint: hf, openai, open_clip, timm ...")]
+Device = Annotated[str | None, typer.Option(metavar="DEVICE", help="cuda, mps or cpu.  [default: the first that exists]")]
+
+
+def train(id: Id,
+          overrides: Annotated[list[str] | None, typer.Argument(metavar="[dotted=value]...", help="Changes to the preset, checked against its "
+                                                                "fields: vision.body.depth=4 optim.lr=5e-4", show_default=False)] = None,
+          preset: Annotated[str | None, typer.Option(metavar="PRESET", help="Which configuration; `polysense show ID` lists them.  "
+                                                     "[default: tiny]")] = None,
+          data: Annotated[str | None, typer.Option(metavar="DATA", help="A set's name or a path; a+b joins.  [default: the preset's own]")] = None,
+          out: Annotated[Path | None, typer.Option(metavar="DIR", help="The run folder.  [default: runs/ID-PRESET]")] = None,
+          seed: Annotated[int | None, typer.Option(metavar="N", help="Decides first weights, order of data, augmentations.  [default: 0]")] = None,
+          steps: Annotated[int | None, typer.Option(metavar="N", min=1, help="Steps in all, in place of the preset's.")] = None,
+          minutes: Annotated[float | None, typer.Option(metavar="M", help="End after so many minutes at the latest; schedules fit into it.")] = None,
+          resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, bit for bit where it stopped.")] = False,
+          device: Device = None,
+          workers: Annotated[int | None, typer.Option(metavar="N", min=0, help="Processes that decode pictures.")] = None,
+          wandb: Annotated[str | None, typer.Option(metavar="PROJECT", help="Log to this Weights & Biases project too (extra `wandb`).")] = None,
+          parallel: Annotated[str, typer.Option(metavar="ddp|fsdp", help="Under torchrun: how ranks share the work.")] = "ddp",
+          as_json: Json = False) -> None:
+    """Train a system. What it learns stands in the run folder: weights, tokenizer, log, configuration.
+
+    Stop it with Ctrl-C, or kill it: `polysense train ID --out DIR --resume` goes on exactly where it was.
+
+    \b
+    Examples
+      polysense train clip --data scenes --out runs/clip
+      polysense train clip --data "photos.csv?image=path&caption=title" --minutes 30
+      polysense train clip optim.lr=5e-4 vision.body.depth=8
+      polysense train clip --out runs/clip --resume
+      torchrun --nproc-per-node 2 -m polysense train clip --out runs/clip
+    """
+    from polysense.base.catalogue import card_of
+    from polysense.base.spec import from_dict, parse_overrides
+
+    card, changes = card_of(id), parse_overrides(overrides or [])
+    if minutes is not None and minutes <= 0:
+        raise UserError(f"--minutes {minutes:g} leaves no time to train", "give a positive number")
+    options: dict[str, Any] = {"out": out, "resume": resume, "device": device, "workers": workers, "wandb": wandb, "parallel": parallel,
+                               "time_budget_s": minutes * 60 if minutes else None}
+    from polysense.train.run import train as run_of
+    from polysense.train.run import train_preset
+
+    if resume and out and (out / "run.json").is_file():
+        from polysense.train.folder import read_facts
+
+        before = read_facts(out)
+        seed = before["seed"] if seed is None else seed
+        if before["system"] == id and not (preset or data or steps or changes):      # the folder knows its own plan
+            events = train_preset(id, from_dict(before["plan"]), card.needs, name=before["preset"], overrides=before["overrides"],
+                                  split=before["split"], seed=seed, **options)
+            return draw(events, id, minutes, as_json)
+    draw(run_of(id, preset or "tiny", data=data, steps=steps, overrides=changes, seed=seed or 0, **options), id, minutes, as_json)
+
+
+def draw(events: Any, id: str, minutes: float | None, as_json: bool) -> None:
+    """Iterates a run to its end: progress on stderr (of the first rank), what came out on stdout."""
+    import os
+    import time
+
+    from polysense.cli.out import Bar, clock, json_out, note, say, short
+    from polysense.train.events import Finished, Noted, Saved, Started, Stepped
+
+    quiet, last, folder, saved = os.environ.get("RANK", "0") != "0", None, None, 0
+    begun, bar = time.monotonic(), Bar(f"training {id}", quiet=quiet)
+    try:
+        with bar:
+            for event in events:
+                folder = event.folder if event.id == id else folder
+                if isinstance(event, Started) and not quiet:
+                    begun = time.monotonic()
+                    bar.note(f"{event.id} {event.preset}: {short(event.parameters)} parameters ({short(event.trainable)} train), "
+                             f"{event.samples:,} samples of {event.data}, on {event.device} in {event.precision}"
+                             + (f", {event.ranks} ranks" if event.ranks > 1 else "") + (f", from step {event.done}" if event.done else ""))
+                elif isinstance(event, Stepped):
+                    done = event.step / event.steps
+                    if minutes:
+                        done = max(done, min(1.0, (time.monotonic() - begun) / (60 * minutes)))
+                    terms = "  ".join(f"{k} {v:.4f}" for k, v in event.losses.items())
+                    bar(round(1000 * done), 1000, f"step {event.step}/{event.steps}  {terms}  {event.samples_per_s:.0f} samples/s")
+                elif isinstance(event, Noted) and not quiet:
+                    bar.note(event.text)
+                elif isinstance(event, Saved):
+                    saved = event.step
+                elif isinstance(event, Finished):
+                    last = event
+    except KeyboardInterrupt:
+        again = f"`polysense train {id} --out {folder} --resume`" if folder else "the same command"
+        raise KeyboardInterrupt(f"stopped, the last checkpoint is of step {saved}: go on with {again}" if saved or folder else "stopped") from None
+    if quiet or last is None:
+        return
+    if as_json:
+        json_out({"id": id, "out": str(last.folder), "weights": str(last.weights), "steps": last.step, "seconds": round(last.seconds, 2),
+                  "samples": last.samples, "losses": last.losses})
+        return
+    terms = ", ".join(f"{k} {v:.4f}" for k, v in last.losses.items())
+    say(f"{last.weights}: {last.step} steps, {last.samples:,} samples in {clock(last.seconds)}" + (f", last loss {terms}" if terms else ""))
+    note(f"go on with: polysense index PHOTOS -m {last.folder}   polysense exam {last.folder} TASK --data DATA   polysense report {last.folder}")
+
+
+def prove(id: Id,
+          seed: Annotated[list[int] | None, typer.Option(metavar="N", help="A seed to run; may be given several times.  [default: 0 1 2]")] = None,
+          out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where ID.json is filed, such as docs/proofs.  [default: not filed]")] = None,
+          as_json: Json = False) -> None:
+    """Run the proof of a system: a small honest experiment in which it has to beat its baseline.
+
+    \b
+    Examples
+      polysense prove slip
+      polysense prove clip --seed 0 --seed 1 --out docs/proofs
+    """
+    import sys
+
+    from polysense.base.catalogue import card_of
+    from polysense.cli.out import json_out, say
+
+    card_of(id)
+    from polysense.proofs.harness import prove as run_proof
+
+    filed = run_proof(id, tuple(seed) if seed else (0, 1, 2), out, say=lambda line: print(line, file=sys.stderr, flush=True))
+    if as_json:
+        json_out(filed)
+        return
+    for name, gain in filed["gains"].items():
+        within = "" if gain["low"] is None else f"  [{gain['low']:+.4g}, {gain['high']:+.4g}]"
+        say(f"{id} against {name}: {gain['mean']:+.4g} {filed['metric']}{within}")
+    say(f"{id} {'beats' if filed['beats_baseline'] else 'does not beat'} its baseline")

@@ -1,0 +1,165 @@
+"""index, search, label, encode: a trained system at work on a folder of pictures."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from polysense.base.errors import UserError
+from polysense.cli.learn import Device, Layout, System
+from polysense.cli.systems import Json
+
+Photos = Annotated[Path, typer.Argument(metavar="PHOTOS", help="A folder of pictures, searched at any depth.")]
+Model = Annotated[str, typer.Option("-m", "--model", metavar="RUN", help="A run folder, or with --system and --layout a published checkpoint.")]
+
+
+def index(photos: Photos, model: Model,
+          out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where the index lives.  [default: PHOTOS/.polysense-index]")] = None,
+          system: System = None, layout: Layout = None, device: Device = None,
+          forget: Annotated[list[str] | None, typer.Option("--forget", metavar="PATH", help="Take pictures or folders out of the index "
+                                                           "instead; may be given several times.")] = None,
+          as_json: Json = False) -> None:
+    """Make a folder of pictures searchable. Run it again at any time: only new and changed pictures are encoded.
+
+    \b
+    Examples
+      polysense index ~/photos -m runs/clip
+      polysense index ~/photos -m downloads/clip-vit-base-patch32 --system clip --layout hf --out b32.index
+    """
+    from polysense.app.index import NAME, open_index
+    from polysense.cli.out import Bar, json_out, note, say
+
+    place = out or photos / NAME
+    if not photos.is_dir():
+        raise UserError(f"no folder {str(photos)!r}", "check the path")
+    pipeline = _open(model, system, layout, device)
+    with open_index(place, pipeline) as made:
+        if forget:
+            gone = made.remove(forget)
+            json_out({"removed": gone, "pictures": len(made)}) if as_json else say(f"{gone} pictures forgotten, {len(made)} left in {place}")
+            return
+        with Bar("indexing", "pictures") as bar:
+            told = made.update(photos, pipeline, progress=bar)
+        count = len(made)
+    if as_json:
+        json_out({"index": str(place), "pictures": count, **told.to_json()})
+        return
+    say(f"{count} pictures in {place}: {told.added} new, {told.changed} changed, {told.removed} removed, {told.unchanged} unchanged")
+    for path, reason in told.skipped[:5]:
+        note(f"left out {path}: {reason}")
+    if len(told.skipped) > 5:
+        note(f"... and {len(told.skipped) - 5} more that could not be read")
+
+
+def search(query: Annotated[str | None, typer.Argument(metavar="QUERY", help="What to look for, in words.", show_default=False)] = None,
+           index: Annotated[Path, typer.Option(metavar="DIR", help="An index, or the folder of pictures that it was made of.")] = Path("."),
+           image: Annotated[str | None, typer.Option(metavar="FILE", help="Look for pictures like this one instead.")] = None,
+           count: Annotated[int, typer.Option("-k", "--count", min=1, help="How many pictures.")] = 10,
+           why: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the answer with heat-maps of what matched: .png .jpg .html")] = None,
+           model: Annotated[str | None, typer.Option("-m", "--model", metavar="RUN", help="The model, if it has moved since indexing.")] = None,
+           system: System = None, layout: Layout = None, device: Device = None, as_json: Json = False) -> None:
+    """Search indexed pictures by words or by picture, and see why they were found.
+
+    \b
+    Examples
+      polysense search "two dogs on grass" --index ~/photos
+      polysense search "a red dress" --index ~/photos -k 20 --why answer.html
+      polysense search --image holiday.jpg --index ~/photos --json
+    """
+    from polysense.cli.out import json_out, note, say, table
+
+    if (query is None) == (image is None):
+        raise UserError("search takes words or --image, one of them", 'for instance: polysense search "a red circle" --index PHOTOS')
+    if query is not None and not query.strip():
+        raise UserError("the query is empty", "say what to look for")
+    if image is not None and "://" not in image and not Path(image).is_file():
+        raise UserError(f"no file {image!r}", "check the path")
+    from polysense.app.index import NAME, Index
+    from polysense.app.search import search as ask
+    from polysense.app.search import write_results
+
+    place = index / NAME if (index / NAME).is_dir() else index
+    with Index.open(place) as opened:
+        name = model or opened.model
+        if model is None and not (name and (Path(name).exists() or system)):
+            raise UserError(f"the model {name!r} that made this index is not there", "say where it is with -m")
+        pipeline = _open(name, system, layout, device)
+        asked = query if image is None else image if "://" in image else Path(image)
+        hits = ask(opened, pipeline, asked, count, why=why is not None)
+    if why:
+        note(f"wrote {write_results(hits, why, query or str(image))}")
+    if as_json:
+        json_out({"query": query, "image": image, "index": str(place), "hits": [h.to_json() for h in hits]})
+    elif hits:
+        table(("", "score", "picture"), [(h.rank, f"{h.score:.3f}", h.path) for h in hits], right=("", "score"))
+    else:
+        say("nothing found: the index is empty")
+
+
+def label(photos: Photos,
+          labels: Annotated[Path, typer.Option(metavar="FILE", help="A text file with one label a line.")],
+          model: Model,
+          out: Annotated[Path, typer.Option(metavar="FILE.csv", help="The table to write: path, label, probability.")] = Path("labels.csv"),
+          top: Annotated[int, typer.Option(min=1, help="How many labels a picture.")] = 1,
+          template: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="A sentence with {} for the label; several are averaged.  "
+                                                             "[default: a photo of a {}.]")] = None,
+          system: System = None, layout: Layout = None, device: Device = None, as_json: Json = False) -> None:
+    """Give every picture of a folder the most fitting of your labels, without any training (zero-shot).
+
+    \b
+    Examples
+      polysense label ~/photos --labels labels.txt -m runs/clip --out labels.csv
+      polysense label ~/photos --labels labels.txt -m runs/clip --top 3 --template "a drawing of a {}."
+    """
+    from polysense.cli.out import Bar, json_out, note, say, table
+
+    if not photos.is_dir():
+        raise UserError(f"no folder {str(photos)!r}", "check the path")
+    if not labels.is_file():
+        raise UserError(f"no file {str(labels)!r}", "write one label a line into it")
+    from polysense.app.label import label_folder
+    from polysense.pipeline import TEMPLATES
+
+    pipeline = _open(model, system, layout, device)
+    with Bar("labelling", "pictures") as bar:
+        told = label_folder(pipeline, photos, labels, out, templates=tuple(template or TEMPLATES), top=top, progress=bar)
+    if as_json:
+        json_out(told.to_json())
+        return
+    table(("label", "pictures"), told.counts.items(), right=("pictures",))
+    say(f"{told.labelled} pictures in {told.out}" + (f" ({told.resumed} of them by an earlier, interrupted run)" if told.resumed else ""))
+    for path, reason in told.skipped[:5]:
+        note(f"left out {path}: {reason}")
+
+
+def encode(photos: Annotated[Path, typer.Argument(metavar="PHOTOS|TEXTS", help="A folder of pictures, or a text file with one text a line.")],
+           model: Model,
+           out: Annotated[Path, typer.Option(metavar="FILE", help=".npz (arrays path, vector) or .parquet")] = Path("features.npz"),
+           workers: Annotated[int, typer.Option(metavar="N", min=0, help="With Ray (extra `ray`): so many copies of the model; 0: without.")] = 0,
+           system: System = None, layout: Layout = None, device: Device = None, as_json: Json = False) -> None:
+    """Write the features of many pictures or texts into one file, for your own programs.
+
+    \b
+    Examples
+      polysense encode ~/photos -m runs/clip --out features.npz
+      polysense encode captions.txt -m runs/clip --out texts.npz
+      polysense encode ~/photos -m runs/clip --workers 8 --out features.parquet
+    """
+    from polysense.cli.encoding import encode_file
+    from polysense.cli.out import Bar, json_out, note, say
+
+    with Bar("encoding") as bar:
+        told = encode_file(photos, out, lambda: _open(model, system, layout, device), (model, system, layout), workers, bar)
+    if as_json:
+        json_out(told)
+        return
+    say(f"{told['encoded']} vectors of width {told['dim']} in {told['out']}")
+    for path, reason in told["skipped"][:5]:
+        note(f"left out {path}: {reason}")
+
+
+def _open(model: str, system: str | None, layout: str | None, device: str | None) -> Any:
+    import polysense
+
+    return polysense.open(model, system=system, layout=layout, device=device)
