@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextvars import ContextVar
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from polysense.data.sources import BadPicture
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jfif", ".avif")
 RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR, "nearest": Image.Resampling.NEAREST}
 MOST_BYTES = 64 << 20                                   # of a picture behind an address
+AT_LEAST: ContextVar[int | None] = ContextVar("AT_LEAST", default=None)     # what loaders set around reading, for `decode`'s at_least
 
 
 def decode(item: Any, *, at_least: int | None = None) -> Image.Image:
@@ -30,7 +32,7 @@ def decode(item: Any, *, at_least: int | None = None) -> Image.Image:
     """
     name = item if isinstance(item, (str, Path)) else type(item).__name__
     try:
-        picture = _open(item)
+        picture, at_least = _open(item), at_least or AT_LEAST.get()
         if at_least and picture.format == "JPEG" and min(picture.size) > 2 * at_least:
             scale = max(1, min(picture.size) // at_least)
             picture.draft("RGB", (max(1, picture.width // scale), max(1, picture.height // scale)))
@@ -99,7 +101,7 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     """Upright 8-bit RGB, whatever the mode was."""
     try:
         picture = ImageOps.exif_transpose(picture)
-    except Exception:  # noqa: S110 - a broken EXIF block only costs the rotation
+    except Exception:
         pass
     if picture.mode == "RGB" and "transparency" not in picture.info:
         return picture

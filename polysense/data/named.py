@@ -187,7 +187,8 @@ PRODUCTS = (
     "Accessory Gift Set", "Backpacks", "Bangle", "Belts", "Bracelet", "Capris", "Caps", "Casual Shoes", "Clutches", "Cufflinks", "Dresses",
     "Duffel Bag", "Dupatta", "Earrings", "Flats", "Flip Flops", "Formal Shoes", "Handbags", "Heels", "Jackets", "Jeans", "Kurta Sets", "Kurtas",
     "Kurtis", "Laptop Bag", "Leggings", "Necklace and Chains", "Pendant", "Ring", "Sandals", "Sarees", "Scarves", "Shirts", "Shorts", "Skirts",
-    "Socks", "Sports Sandals", "Sports Shoes", "Stoles", "Sunglasses", "Sweaters", "Sweatshirts", "Ties", "Tops", "Track Pants", "Trousers", "Tunics", "Wallets", "Watches")
+    "Socks", "Sports Sandals", "Sports Shoes", "Stoles", "Sunglasses", "Sweaters", "Sweatshirts", "Ties", "Tops", "Track Pants", "Trousers",
+    "Tunics", "Wallets", "Watches")
 
 
 def _product(record: Any) -> Sample:
@@ -219,7 +220,8 @@ def _spoken(record: Any) -> Sample:
 
 def _clip(record: Any) -> Sample:
     m = record.json()
-    return {"captions": m["captions"] or [m.get("transcript") or m.get("label") or "a video"], "qa": [(q["question"], q["answer"]) for q in m.get("qa", ())]}
+    said = m["captions"] or [m.get("transcript") or m.get("label") or "a video"]
+    return {"captions": said, "qa": [(q["question"], q["answer"]) for q in m.get("qa", ())]}
 
 
 def _statement(record: Any) -> Sample:
@@ -242,8 +244,8 @@ NAMED: dict[str, Named] = {
                               _parts("train", "dev", ending=".tar.gz"), classes=PRODUCTS, largest=80, annotate=_product),
     "emoji": Named("emoji with names and keywords", "picture, captions", ("image", "text"), _tar, _parts("train", "dev", ending=".tar.gz"),
                    largest=136, annotate=_emoji),
-    "grocery_store": Named("groceries in shops, with written descriptions of the kinds", "picture, captions, label", ("image", "text", "label"), _grocery,
-                           {"train": ("train.tar.gz",), "val": ("val.tar.gz",), "test": ("test_public.tar.gz",)}),
+    "grocery_store": Named("groceries in shops, with written descriptions of the kinds", "picture, captions, label", ("image", "text", "label"),
+                           _grocery, {"train": ("train.tar.gz",), "val": ("val.tar.gz",), "test": ("test_public.tar.gz",)}),
     "mnist": Named("handwritten digits, 28x28 pixels", "picture, label", ("image", "label"), _npz,
                    {"train": ("mnist.npz",), "test": ("mnist.npz",)}, largest=28),
     "cifar10": Named("small photographs of ten kinds", "picture, label", ("image", "label"), _npz,
@@ -266,7 +268,8 @@ NAMED: dict[str, Named] = {
                   rate=8000, annotate=_spoken),
     "esc10": Named("sounds of the surroundings, 16 kHz; fold 4 is held out", "sound, label", ("audio", "text", "label"), _tar_by_fold,
                    {"train": ("folds1-4.tar",), "val": ("folds1-4.tar",)}, rate=16000, annotate=_labelled,
-                   classes=("dog bark", "rain", "sea waves", "baby cry", "clock tick", "person sneeze", "helicopter", "chainsaw", "rooster", "fire crackling")),
+                   classes=("dog bark", "rain", "sea waves", "baby cry", "clock tick", "person sneeze", "helicopter", "chainsaw", "rooster",
+                            "fire crackling")),
     "trimodal_demo": Named("three pictures with sound and caption", "picture, sound, caption", ("image", "audio", "text"), _triples,
                            {"train": ("index.json",)}, rate=16000),
     "surveillance_action": Named("clips of fixed cameras: fight or not", "video, label", ("video", "text", "label"), _tar,

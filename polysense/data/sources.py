@@ -206,7 +206,7 @@ class ConcatSource(Source):
         return f"{self.sources[k].name}/{name_of(self.sources[k], j)}"
 
     def heavy(self, i: int) -> tuple[str, ...]:
-        k, j = self._at(i)
+        k, _ = self._at(i)
         return tuple(key for key in HEAVY if key in self.sources[k].offers and key in self.offers)
 
     def _about(self, i: int) -> Sample:

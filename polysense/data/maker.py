@@ -1,0 +1,382 @@
+"""One batch from its number: reading samples, keeping the pictures that were read, and putting tensors together.
+
+Everything here is a pure function of (source, feed, seed, step), so any process may make any batch and gets the same bits.
+"""
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from polysense.base.batch import VOCABULARY, Batch
+from polysense.base.errors import UserError
+from polysense.base.plan import Feed, ImagePlan, ViewPlan
+from polysense.data import images, views
+from polysense.data.sources import BadSample, Sample, Source, name_of
+
+FRAMES = 8                                              # of a video, evenly spaced
+LEFT = 0.1                                              # share of a box that a crop must leave for it to count as in view
+PIXELS = ("image", "views", "mask", "depth", "hint", "edited", "boxes", "box_label")     # keys made through a picture's geometry
+RECENT = 64                                             # batches whose ids are kept for `names`
+
+
+@dataclass
+class Made:
+    """A batch with what the loader tells about it: ids of its samples, samples left out, and the position after it."""
+    batch: Batch
+    ids: list[str]
+    skipped: list[tuple[str, str]]
+    seen: int                                           # samples drawn for it, and how many of them could not be read
+    bad: int
+    after: dict[str, Any] = field(default_factory=dict)
+
+
+def makeable(feed: Feed, train: bool) -> set[str]:
+    """The batch keys that a feed says how to make."""
+    picture = (feed.image or (feed.train_image if train else None)) is not None
+    texts = {"text", "text_mask", "question", "answer"}
+    geometry = {"image", "boxes", "box_label", "mask", "depth", "hint", "edited", "video"}
+    return ({k for k in VOCABULARY if k not in texts | geometry | {"views"}} | (geometry if picture else set())
+            | (texts if feed.text else set()) | ({"views"} if feed.views else set()))
+
+
+def check_needs(needs: Iterable[str], offers: Iterable[str], feed: Feed | None = None, name: str = "the data", train: bool = True) -> tuple[str, ...]:
+    """The batch keys to make so that `needs` is met; of alternatives "a|b" the first that can be had.
+
+    Raises UserError naming the sources that do offer what is missing, or the part of the feed that says nothing about it.
+    """
+    offers, can, chosen = tuple(offers), makeable(feed, train) if feed else set(VOCABULARY), []
+    for need in needs:
+        options = need.split("|")
+        held = [k for k in options if k in offers or k == "index"]
+        if not held:
+            raise UserError(f"{name} offers no {' or '.join(options)} (only {', '.join(k for k in offers if k != 'index')})", _who_offers(options))
+        ready = [k for k in held if k in can]
+        if not ready:
+            raise UserError(f"the preset's feed does not say how to read {' or '.join(held)}", "give it an image, views or text plan")
+        chosen.append(ready[0])
+    return tuple(dict.fromkeys(chosen))
+
+
+def _who_offers(options: Sequence[str]) -> str:
+    from polysense.data.named import NAMED, offers_of
+
+    found = [n for n in NAMED if any(k in offers_of(n) for k in options)]
+    return f"sources that do: {', '.join(found[:8])}; `scenes` offers most keys" if found else "`scenes` may: see `polysense data list`"
+
+
+class Maker:
+    """Makes batch number `step` of a source: `make(step)` for sources with a length, `assemble` for samples already read."""
+
+    def __init__(self, source: Any, feed: Feed, tokenizer: Any, keys: Sequence[str], *, batch_size: int, seed: int, train: bool, rank: int,
+                 world: int, cache_bytes: int):
+        self.source, self.feed, self.tokenizer, self.keys = source, feed, tokenizer, tuple(keys)
+        self.batch_size, self.seed, self.train, self.rank, self.world = batch_size, seed, train, rank, world
+        self.cache_bytes = cache_bytes
+        self.exact = feed.image if feed.image and not (train and feed.train_image) else None
+        self.view = feed.train_image if train else None
+        self.plans = [p for p, key in ([(self.view, "image")] if self.view else []) + [(v, "views") for v in feed.views] if key in keys]
+        self.work = views.working_side(self.plans) if self.plans else 0
+        largest = getattr(source, "largest", None)
+        self.canvas = min(views.canvas_side(self.work), -(-largest // 8) * 8) if self.plans and largest else views.canvas_side(self.work)
+        self.reads = self._reads()
+        self._start()
+
+    def _start(self) -> None:
+        self._kept: dict[int, tuple[Sample, dict[str, np.ndarray]]] = {}
+        self._bytes, self._lock, self._pool = 0, threading.Lock(), None
+        self._orders: dict[int, np.ndarray] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_kept", "_bytes", "_lock", "_pool", "_orders")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._start()
+
+    def _reads(self) -> tuple[str, ...]:
+        """Which decoded keys of a sample the batch keys ask for."""
+        reads = [k for k in ("edited", "hint", "depth", "mask", "audio", "video") if k in self.keys]
+        return (*(["image"] if any(k in self.keys for k in PIXELS) else []), *reads)
+
+    def bytes_a_sample(self) -> int:
+        """About what one sample takes in memory once read."""
+        exact = 3 * self.exact.size ** 2 if self.exact and "image" in self.keys else 0
+        return exact + (3 * min(self.work * self.work * 4 // 3, self.canvas ** 2) if self.plans else 0) + 512
+
+    # One sample: read, shrunk to what the views need, kept while there is room.
+
+    def sample(self, i: int) -> tuple[Sample, dict[str, np.ndarray]]:
+        """(what is known about sample i, its arrays ready to be put together). Raises BadSample."""
+        if i in self._kept:
+            return self._kept[i]
+        if isinstance(self.source, Source):
+            made = self.ready(self.source.about(i), lambda key: self.source.load(i, key))
+        else:
+            whole = self.source[i]
+            made = self.ready({k: v for k, v in whole.items() if k not in self.reads}, lambda key: _held(whole, key))
+        size = sum(a.nbytes for a in made[1].values()) + 512
+        with self._lock:
+            if self._bytes + size <= self.cache_bytes and i not in self._kept:
+                self._kept[i] = made
+                self._bytes += size
+        return made
+
+    def ready(self, about: Sample, load: Callable[[str], Any]) -> tuple[Sample, dict[str, np.ndarray]]:
+        """Decodes what the batch keys ask for and shrinks it, so that it is small to keep and quick to use."""
+        out: dict[str, np.ndarray] = {}
+        reduce = images.AT_LEAST.set(2 * self.work if self.plans and not (self.exact and "image" in self.keys) else None)
+        try:
+            for key in self.reads:
+                thing = load(key)
+                if key == "audio":
+                    out[key] = np.asarray(thing, np.float32)
+                elif key == "video":
+                    picked = np.asarray(thing)[np.linspace(0, len(thing) - 1, FRAMES).round().astype(int)]
+                    out[key] = np.stack([images.pixels(images.fit(images.decode(f), self._plan())) for f in picked])
+                elif key == "mask":
+                    self._keep(out, key, np.asarray(thing).astype(bool))
+                elif key == "depth":
+                    self._keep(out, key, Image.fromarray(np.asarray(thing, np.float32).squeeze()))
+                else:
+                    picture = images.decode(thing)
+                    about = about | {"size": picture.size} if key == "image" else about
+                    self._keep(out, key, picture)
+        except images.BadPicture as error:
+            raise BadSample(about["id"], error.advice or error.what) from error
+        finally:
+            images.AT_LEAST.reset(reduce)
+        return about, out
+
+    def _plan(self) -> ImagePlan:
+        if self.feed.image:
+            return self.feed.image
+        assert self.feed.train_image is not None
+        return ImagePlan(size=self.feed.train_image.size)
+
+    def _keep(self, out: dict[str, np.ndarray], key: str, thing: Any) -> None:
+        """Stores a picture-like thing read exactly (`key`) and at working size (`key` + "@work"), as the plans ask for."""
+        size = (thing.shape[-1], thing.shape[-2]) if isinstance(thing, np.ndarray) else thing.size
+        how = {"depth": "bilinear"}.get(key)
+        if self.exact and "image" in self.keys:
+            if key == "mask":
+                x0, y0, x1, y1 = images.window(size, self.exact)
+                out[key] = _nearest(thing, (x0 * size[0], y0 * size[1], x1 * size[0], y1 * size[1]), (self.exact.size, self.exact.size))
+            else:
+                out[key] = np.asarray(images.fit(thing, self.exact, how))
+        if self.plans and (key == "image" or (self.view and "image" in self.keys)):
+            small = views.working_size(size, self.work)
+            if key == "mask":
+                out[key + "@work"] = _nearest(thing, (0, 0, *size), small)
+            else:
+                shrunk = thing if size == small else thing.resize(small, images.RESAMPLE[how or "bicubic"])
+                out[key + "@work"] = np.asarray(shrunk)
+
+    # Which samples make up a batch.
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The order of the samples in an epoch: a permutation seeded by (seed, epoch); outside training their own order."""
+        if epoch not in self._orders:
+            if len(self._orders) > 2:
+                self._orders.pop(min(self._orders), None)
+            n = len(self.source)
+            self._orders[epoch] = np.random.default_rng([self.seed, epoch]).permutation(n) if self.train else np.arange(n)
+        return self._orders[epoch]
+
+    def rows(self, step: int) -> np.ndarray:
+        """Source positions of this rank's slice of batch `step`. In training the stream of epochs has no seams: batches cross borders."""
+        n, local = len(self.source), self.batch_size // self.world
+        first = step * self.batch_size + self.rank * local
+        if not self.train:
+            return np.arange(first, min(first + local, n))
+        place = np.arange(first, first + local)
+        return np.asarray([self.order(int(p) // n)[int(p) % n] for p in place])
+
+    def make(self, step: int) -> Made:
+        """Batch number `step`, this rank's slice. In training an unreadable sample is replaced by the next good one of the source, else left out."""
+        rows, skipped = self.rows(step), []
+        got = self._read(rows.tolist(), skipped)
+        bad = sum(g is None for g in got)
+        if self.train:
+            for k, item in enumerate(got):
+                if item is None:
+                    got[k] = self._next_good(int(rows[k]), skipped)
+        return self.assemble([g for g in got if g is not None], step, skipped, len(rows), bad)
+
+    def _read(self, rows: list[int], skipped: list[tuple[str, str]]) -> list[tuple[int, Sample, dict[str, np.ndarray]] | None]:
+        def one(i: int) -> tuple[int, Sample, dict[str, np.ndarray]] | BadSample:
+            try:
+                return (i, *self._good(i))
+            except BadSample as bad:
+                return bad
+
+        fresh = sum(i not in self._kept for i in rows)
+        if fresh > 4 and torch.utils.data.get_worker_info() is None:
+            self._pool = self._pool or ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="polysense-read")
+            got = list(self._pool.map(one, rows))
+        else:
+            got = [one(i) for i in rows]
+        skipped += [(g.id, g.reason) for g in got if isinstance(g, BadSample)]
+        return [None if isinstance(g, BadSample) else g for g in got]
+
+    def _good(self, i: int) -> tuple[Sample, dict[str, np.ndarray]]:
+        """The sample, checked for what the batch needs of it."""
+        about, arrays = self.sample(i)
+        self.check(about)
+        return about, arrays
+
+    def check(self, about: Sample) -> None:
+        """Raises BadSample where the sample lacks the captions, label or question that the batch needs."""
+        if ("text" in self.keys or "text_mask" in self.keys) and not any(c.strip() for c in about.get("captions") or ()):
+            raise BadSample(about["id"], "has no caption")
+        if "label" in self.keys and about.get("label") is None:
+            raise BadSample(about["id"], "has no label")
+        if ("question" in self.keys or "answer" in self.keys) and not (about.get("qa") or "question" in about):
+            raise BadSample(about["id"], "has no question")
+
+    def _next_good(self, i: int, skipped: list[tuple[str, str]]) -> tuple[int, Sample, dict[str, np.ndarray]]:
+        n = len(self.source)
+        for j in ((i + k) % n for k in range(1, min(n, 1000))):
+            got = self._read([j], skipped)[0]
+            if got is not None:
+                return got
+        raise UserError(f"none of {min(n, 1000)} samples of {self.source.name} in a row can be read", f"the last: {': '.join(skipped[-1])}")
+
+    # From samples to tensors.
+
+    def assemble(self, got: list[tuple[int, Sample, dict[str, np.ndarray]]], step: int, skipped: list[tuple[str, str]], seen: int,
+                 bad: int = 0) -> Made:
+        """Tensors of the keys, for samples (position, about, arrays)."""
+        abouts, arrays = [a for _, a, _ in got], [x for _, _, x in got]
+        batch: Batch = {"index": torch.tensor([i for i, _, _ in got], dtype=torch.int64)}
+        ids = [str(a["id"]) for a in abouts]
+        if got:
+            self._pictures(batch, abouts, arrays, step)
+            self._words(batch, abouts, step)
+            self._rest(batch, abouts, arrays)
+        return Made({k: batch[k] for k in VOCABULARY if k in batch and (k in self.keys or k == "index")}, ids, skipped, seen, bad)
+
+    def _part(self, step: int, view: int, n: int) -> views.Draw:
+        local = self.batch_size // self.world
+        return views.draw(self.seed, step, view, self.batch_size).part(self.rank * local, self.rank * local + n)
+
+    def _pictures(self, batch: Batch, abouts: list[Sample], arrays: list[dict[str, np.ndarray]], step: int) -> None:
+        if "image" not in self.reads:
+            return
+        plan, n, mirror = self._plan() if "image" in self.keys else None, len(arrays), torch.zeros(len(arrays), dtype=torch.bool)
+        frame = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(n, 4)
+        if self.plans:
+            canvas, sizes = views.lay([a["image@work"] for a in arrays], self.canvas)
+        if self.view and plan and self.plans:
+            drawn = self._part(step, 0, n)
+            picture, boxes, mirror = views.view(self.view, drawn, canvas, sizes)
+            batch["image"] = images.normalised(picture, plan)
+            frame = (boxes / torch.cat([sizes, sizes], 1)).float()
+            for key in (k for k in ("mask", "depth", "hint", "edited") if k in self.reads):
+                batch[key] = self._companion(key, self.view, drawn, [a[key + "@work"] for a in arrays], boxes, sizes, mirror, plan)
+        elif plan:
+            batch["image"] = images.normalised(torch.from_numpy(np.stack([a["image"] for a in arrays])), plan)
+            frame = torch.tensor([images.window(a["size"], plan) for a in abouts])
+            for key in (k for k in ("mask", "depth", "hint", "edited") if k in self.reads):
+                held = [a[key] for a in arrays]
+                batch[key] = (_padded([torch.from_numpy(m) for m in held], False) if key == "mask" else
+                              torch.from_numpy(np.stack(held))[:, None] if key == "depth" else
+                              images.normalised(torch.from_numpy(np.stack(held)), plan) if key == "edited" else
+                              torch.from_numpy(np.stack(held)).permute(0, 3, 1, 2).float() / 255)
+        if "views" in self.keys:
+            plan = self.feed.image or ImagePlan(size=self.feed.views[0].size)
+            made = [views.view(p, self._part(step, 1 + k, n), canvas, sizes)[0] for k, p in enumerate(self.feed.views)]
+            batch["views"] = torch.stack([images.normalised(v, plan) for v in made], 1)
+        if "boxes" in self.keys or "box_label" in self.keys:
+            batch["boxes"], batch["box_label"] = _framed(abouts, frame, mirror)
+
+    def _companion(self, key: str, plan: ViewPlan, drawn: views.Draw, held: list[np.ndarray], boxes: Tensor, sizes: Tensor, mirror: Tensor,
+                   normal: ImagePlan) -> Tensor:
+        """What belongs to `image` pixel by pixel, through the same crop and mirror."""
+        if key == "mask":
+            most = max(len(m) for m in held)
+            held = [np.pad(m, ((0, most - len(m)), (0, 0), (0, 0))).transpose(1, 2, 0).astype(np.uint8) * 255 for m in held]
+            return views.cut(views.lay(held, self.canvas)[0], boxes, sizes, plan.size, mirror) > 0.5
+        if key == "depth":
+            held = [d.clip(0, 1)[..., None] for d in held]
+        out = views.cut(views.lay(held, self.canvas)[0], boxes, sizes, plan.size, mirror).clamp_(0, 1)
+        return images.normalised(views.colours(plan, drawn, out), normal) if key == "edited" else out
+
+    def _words(self, batch: Batch, abouts: list[Sample], step: int) -> None:
+        local = self.batch_size // self.world
+        chance = np.random.default_rng([self.seed, step, 1]).random(self.batch_size)[self.rank * local:self.rank * local + len(abouts)]
+        pick = lambda options, u: options[int(u * len(options)) if self.train else 0]
+        if "text" in self.keys or "text_mask" in self.keys:
+            said = [pick([c for c in a["captions"] if c.strip()], u) for a, u in zip(abouts, chance)]
+            batch["text"], batch["text_mask"] = self.tokenizer.encode(said)
+        if "question" in self.keys or "answer" in self.keys:
+            asked = [pick(a.get("qa") or [(a["question"], a.get("answer", ""))], u) for a, u in zip(abouts, chance)]
+            batch["question"], batch["answer"] = self.tokenizer([q for q, _ in asked]), self.tokenizer([str(a) for _, a in asked])
+
+    def _rest(self, batch: Batch, abouts: list[Sample], arrays: list[dict[str, np.ndarray]]) -> None:
+        if "label" in self.keys:
+            batch["label"] = torch.tensor([int(a["label"]) for a in abouts], dtype=torch.int64)
+        if "tags" in self.keys:
+            batch["tags"] = torch.zeros(len(abouts), len(self.source.tag_names))
+            rows = [r for r, a in enumerate(abouts) for _ in a["tags"]]
+            batch["tags"][rows, [t for a in abouts for t in a["tags"]]] = 1.0
+        if "audio" in self.keys:
+            batch["audio"] = _padded([torch.from_numpy(a["audio"]) for a in arrays], 0.0)
+        if "video" in self.keys:
+            clips, plan = torch.from_numpy(np.stack([a["video"] for a in arrays])), self._plan()
+            batch["video"] = images.normalised(clips.flatten(0, 1), plan).unflatten(0, clips.shape[:2])
+        for key in ("regions", "origin", "direction", "rgb"):
+            if key in self.keys:
+                batch[key] = _padded([torch.as_tensor(np.asarray(a[key], np.float32)) for a in abouts], 0.0)
+
+
+def _held(whole: Sample, key: str) -> Any:
+    if key not in whole:
+        raise BadSample(str(whole.get("id")), f"has no {key}")
+    return whole[key]
+
+
+def _nearest(mask: np.ndarray, box: tuple[float, float, float, float], size: tuple[int, int]) -> np.ndarray:
+    """mask [N,H,W], a box in its pixels -> the nearest pixels [N,h,w] of size (w, h)."""
+    x = np.floor(box[0] + (np.arange(size[0]) + 0.5) * (box[2] - box[0]) / size[0]).astype(int).clip(0, mask.shape[2] - 1)
+    y = np.floor(box[1] + (np.arange(size[1]) + 0.5) * (box[3] - box[1]) / size[1]).astype(int).clip(0, mask.shape[1] - 1)
+    return mask[:, y[:, None], x]
+
+
+def _padded(rows: list[Tensor], value: float | bool) -> Tensor:
+    """Tensors of different first size, stacked, padded to the longest."""
+    out = rows[0].new_full((len(rows), max(len(r) for r in rows), *rows[0].shape[1:]), value)
+    for place, row in zip(out, rows):
+        place[:len(row)] = row
+    return out
+
+
+def _framed(abouts: list[Sample], frame: Tensor, mirror: Tensor) -> tuple[Tensor, Tensor]:
+    """Boxes [B,N,4] as they lie in the kept frame [B,4] of each picture, and their classes; what the crop cut away becomes -1."""
+    boxes = _padded([torch.as_tensor(np.asarray(a["boxes"], np.float32)).reshape(-1, 4) for a in abouts], -1.0)
+    kinds = _padded([torch.as_tensor(np.asarray(a.get("box_label", [0] * len(a["boxes"])), np.int64)) for a in abouts], -1)
+    real = boxes[..., 2] > boxes[..., 0]
+    low, extent = frame[:, None, :2].repeat(1, 1, 2), (frame[:, None, 2:] - frame[:, None, :2]).repeat(1, 1, 2)
+    moved = (boxes - low) / extent
+    moved = torch.where(mirror[:, None, None], torch.stack([1 - moved[..., 2], moved[..., 1], 1 - moved[..., 0], moved[..., 3]], -1), moved)
+    seen = moved.clamp(0, 1)
+    area = lambda b: (b[..., 2] - b[..., 0]).clamp(min=0) * (b[..., 3] - b[..., 1]).clamp(min=0)
+    real &= (area(seen) >= LEFT * area(moved)) & (area(seen) > 0)
+    return torch.where(real[..., None], seen, -1.0), torch.where(real, kinds, -1)
+
+
+def recent_names(recent: deque[Made], source: Any, index: Tensor) -> list[str]:
+    """Ids of the samples at these positions: from the source, or for streams from the batches handed out last."""
+    if hasattr(source, "__len__"):
+        return [name_of(source, int(i)) for i in index.flatten().tolist()]
+    known = {int(i): name for made in recent for i, name in zip(made.batch["index"].tolist(), made.ids)}
+    return [known.get(int(i), f"sample {int(i)} of the stream") for i in index.flatten().tolist()]
