@@ -17,7 +17,7 @@ from torch import Tensor
 
 from polysense.base.catalogue import catalogue
 from polysense.base.errors import UserError
-from polysense.base.plan import Preset
+from polysense.base.plan import ImagePlan, Preset
 from polysense.base.protocols import fulfils
 from polysense.data.images import decode, read_images, window
 from polysense.pipeline_heat import NEUTRAL, Detection, Explanation, Heat, Labelled, content_words, heat_maps, overlay
@@ -39,14 +39,18 @@ class Pipeline:
     def __init__(self, system: Any, preset: Preset, tokenizer: Any = None, *, id: str = "", source: str = "", device: str | None = None):
         self.device = best_device(device)
         self.system, self.preset, self.tokenizer, self.id, self.source = system.to(self.device).eval(), preset, tokenizer, id, source
+        self.asked: tuple[tuple[str, ...], np.ndarray] = (), np.zeros((0, 0), np.float32)
 
     # -- what goes in -------------------------------------------------------------------------------------------------------------------
 
     def prepare(self, image: Any) -> Tensor:
         """One picture (path, PIL, uint8 array, http address) -> [3,H,W] on the CPU, as the preset's feed says. Safe in threads."""
+        return read_images(self._image_plan(), [image])[0]
+
+    def _image_plan(self) -> ImagePlan:
         if self.preset.feed.image is None:
             raise UserError(f"{self.id or 'this system'} does not read pictures", self._who("encode_image"))
-        return read_images(self.preset.feed.image, [image])[0]
+        return self.preset.feed.image
 
     def read_images(self, images: Sequence[Any]) -> Tensor:
         """Paths, PIL pictures, uint8 arrays or http addresses -> [B,3,H,W] on the device; UserError names the first that cannot be read."""
@@ -152,16 +156,22 @@ class Pipeline:
         """Where in a picture a text (or a feature [D] in the same space) matches: one heat-map for the whole text, and one each for at most
         `words` of its words that matched: they fit the picture, or win some of its patches, against texts that say nothing."""
         self._need("encode_patches", "encode_text")
-        picture = decode(image)
+        plan, picture = self._image_plan(), decode(image)
         tensor = self.read_images([picture])
         asked = [text, *content_words(text)] if isinstance(text, str) else ["(picture)"]
-        rows = self.encode(texts=[*asked, *NEUTRAL]) if isinstance(text, str) else np.concatenate([text[None], self.encode(texts=NEUTRAL)])
+        rows = self._rows((*asked, *NEUTRAL)) if isinstance(text, str) else np.concatenate([text[None], self._rows(NEUTRAL)])
         thumbnail = picture.copy()
         thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))
         whole, *each = heat_maps(self._run("encode_patches", tensor)[0], self._run("encode_image", tensor)[0], asked, rows[:len(asked)],
-                                 rows[len(asked):], thumbnail, window(picture.size, self.preset.feed.image))
+                                 rows[len(asked):], thumbnail, window(picture.size, plan))
         matched = sorted((h for h in each if h.score > 0 or h.share >= SHARE), key=lambda h: -h.score)
         return Explanation(asked[0], thumbnail, whole, tuple(matched[:words]))
+
+    def _rows(self, texts: tuple[str, ...]) -> np.ndarray:
+        """Text features, remembered from one picture to the next of the same query."""
+        if self.asked[0] != texts:
+            self.asked = texts, self.encode(texts=texts)
+        return self.asked[1]
 
     def detect(self, image: Any, labels: Sequence[str], *, templates: Sequence[str] = TEMPLATES, backgrounds: Sequence[str] = BACKGROUNDS,
                scales: Sequence[float] = (1.0, 0.66, 0.5, 0.33), threshold: float = 0.5, iou: float = 0.3, top: int = 100) -> list[Detection]:
@@ -178,7 +188,8 @@ class Pipeline:
         score, found = chance[crop, which], boxes[crop] / np.array([*picture.size, *picture.size], np.float32)
         apart = torch.from_numpy(found + 2.0 * which[:, None].astype(np.float32))       # classes moved apart: one pass suppresses within each
         kept = nms(apart, torch.from_numpy(score), iou)[:top].tolist() if len(score) else []
-        return [Detection(labels[which[i]], float(score[i]), tuple(float(v) for v in found[i])) for i in kept]
+        return [Detection(labels[which[i]], float(score[i]), (float(x0), float(y0), float(x1), float(y1)))
+                for i, (x0, y0, x1, y1) in ((i, found[i]) for i in kept)]
 
 
 def grid_boxes(size: tuple[int, int], scales: Iterable[float]) -> np.ndarray:
@@ -201,7 +212,7 @@ def _listed(items: Any) -> list[Any]:
     return [items] if isinstance(items, (str, Path, Image.Image)) or (isinstance(items, np.ndarray) and items.ndim < 4) else list(items)
 
 
-def _ranked(images: Sequence[Any], chance: np.ndarray, names: Sequence[str], top: int | None) -> list[Labelled]:
+def _ranked(images: list[Any], chance: np.ndarray, names: list[str], top: int | None) -> list[Labelled]:
     order = np.argsort(-chance, 1, kind="stable")[:, :top]
     return [Labelled(str(item) if isinstance(item, (str, Path)) else f"#{i}", tuple((names[j], float(p[j])) for j in row))
             for i, (item, row, p) in enumerate(zip(images, order, chance, strict=True))]

@@ -42,8 +42,8 @@ class Index(PhotoIndex):
     """One folder, one writer, any number of readers (which notice what the writer did at their next search)."""
 
     def __init__(self, folder: str | Path, *, exact: int = EXACT):
-        self.folder = Path(os.path.abspath(folder))
-        self.base, self.exact = self.folder.parent, exact
+        self.folder: Path = Path(os.path.abspath(folder))
+        self.base, self.exact = Path(os.path.realpath(self.folder.parent)), exact
         file = self.folder / "photos.sqlite"
         if not file.is_file():
             raise UserError(f"no index in {str(folder)!r}", "make one with: polysense index PHOTOS -m RUN")
@@ -60,7 +60,8 @@ class Index(PhotoIndex):
             self.digest, self.model, self.dim, self.birth = info["digest"], info["model"], int(info["dim"]), info["birth"]
             if info["format"] != FORMAT:
                 raise UserError(f"the index in {str(folder)!r} has format {info['format']}, this version reads {FORMAT}", self._rebuild())
-        self.version, self.faiss = -1, None
+        self.faiss: Any = None
+        self.version = -1, -1
 
     @classmethod
     def create(cls, folder: str | Path, digest: str, dim: int, *, model: str = "", exact: int = EXACT) -> "Index":
@@ -76,10 +77,10 @@ class Index(PhotoIndex):
                 db.executemany("insert into info values(?, ?)", {"format": FORMAT, "digest": digest, "dim": str(dim), "model": model,
                                                                  "birth": os.urandom(8).hex()}.items())
                 db.close()
-        except OSError as error:
-            raise UserError(f"cannot write an index into {str(folder)!r} ({error.strerror})", "give a folder you may write to with --out") from error
         except Timeout:
             raise UserError(f"another process is writing {str(folder)!r}", "wait until it has finished") from None
+        except OSError as error:
+            raise UserError(f"cannot write an index into {str(folder)!r} ({error.strerror})", "give a folder you may write to with --out") from error
         return cls(folder, exact=exact)
 
     @classmethod
@@ -114,6 +115,9 @@ class Index(PhotoIndex):
                             "check free space and permissions, then try again" if busy else self._rebuild()) from error
 
     # -- the store ----------------------------------------------------------------------------------------------------------------------
+
+    def own_files(self) -> list[Path]:
+        return [self.folder]
 
     def known(self) -> dict[str, Row]:
         with self._told():
@@ -160,7 +164,7 @@ class Index(PhotoIndex):
         except Timeout:
             raise UserError(f"another process is writing the index in {str(self.folder)!r}",
                             "wait until it has finished; searching is possible meanwhile") from None
-        for left in self.folder.glob(".*.part"):     # by a writer that was killed
+        for left in self.folder.glob(".*.part*"):     # by a writer that was killed
             left.unlink(missing_ok=True)
 
     def end(self) -> None:

@@ -8,6 +8,7 @@ no lock to offer; two writers at once cost work twice and nothing else, as every
 """
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ class MilvusIndex(PhotoIndex):
         except Exception as error:                   # the client raises its own, grpc's and OS errors
             raise UserError(f"cannot reach Milvus at {uri!r} ({(str(error) or type(error).__name__).splitlines()[0]})",
                             "is the server running? a local file must end in .db") from error
-        self.uri, self.collection, self.base = uri, collection, Path(base).absolute()
+        self.uri, self.collection, self.base = uri, collection, Path(os.path.realpath(base))
         if not exists:
             if pipeline is None:
                 raise UserError(f"Milvus at {uri!r} has no collection {collection!r}", "index some pictures into it first")

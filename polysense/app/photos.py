@@ -63,7 +63,6 @@ class PhotoIndex(ABC):
     model: str
     dim: int
     base: Path
-    folder: Path | None = None
 
     # -- what a store provides ----------------------------------------------------------------------------------------------------------
 
@@ -94,6 +93,10 @@ class PhotoIndex(ABC):
     @abstractmethod
     def end(self) -> None:
         """Stop being the writer; make searching fast again."""
+
+    def own_files(self) -> list[Path]:
+        """Folders of the store itself, where no photos are looked for."""
+        return []
 
     # -- what every index does ----------------------------------------------------------------------------------------------------------
 
@@ -135,17 +138,18 @@ class PhotoIndex(ABC):
         self.check(pipeline)
         self.begin()
         try:
-            return self._update(os.path.abspath(photos), pipeline, batch_size, workers, progress)
+            return self._update(os.path.realpath(photos), pipeline, batch_size, workers, progress)
         finally:
             self.end()
 
     def _update(self, photos: str, pipeline: Any, batch_size: int, workers: int, progress: Progress | None) -> Update:
         told, rows = Update(), self.known()
-        here = {self.key(p): Row(self.key(p), size, mtime, b"") for p, size, mtime in find_photos(photos, [self.folder] if self.folder else [])}
+        here = {self.key(p): Row(self.key(p), size, mtime, b"") for p, size, mtime in find_photos(photos, self.own_files())}
         gone = [k for k in rows if k not in here and os.path.join(self.path(k), "").startswith(os.path.join(photos, ""))]
         self.drop(gone)
         told.removed = sum(not rows[k].reason for k in gone)
-        work = [row for k, row in here.items() if k not in rows or rows[k][1:3] != row[1:3]]
+        # a file that could not even be opened has no content name: it is tried every time, as a change of permission moves no clock
+        work = [row for k, row in here.items() if k not in rows or rows[k][1:3] != row[1:3] or not rows[k].sha]
         idle = [rows[k] for k in here.keys() - {row.path for row in work}]
         told.unchanged, told.skipped = sum(not r.reason for r in idle), [(self.path(r.path), r.reason) for r in idle if r.reason]
         total, done = len(here), len(idle)
@@ -195,8 +199,8 @@ class PhotoIndex(ABC):
         """Forget pictures (a folder: all below it); how many were known. An update of their folder brings those that still exist back."""
         rows, gone = self.known(), set()
         for path in paths:
-            key = self.key(path)
-            gone |= {k for k in rows if k == key or key == "." or k.startswith(key + "/")}
+            for key in {self.key(path), self.key(os.path.realpath(path))}:
+                gone |= {k for k in rows if k == key or key == "." or k.startswith(key + "/")}
         self.begin()
         try:
             self.drop(sorted(gone))

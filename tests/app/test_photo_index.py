@@ -325,3 +325,33 @@ def test_any_history_gives_what_a_dictionary_gives(steps, tmp_path_factory):
             assert np.allclose([f.score for f in got], sorted((float(v @ query) for v in naive.values()), reverse=True)[:3], atol=1e-5)
             assert all(abs(float(naive[f.path] @ query) - f.score) < 1e-5 for f in got)
     index.close()
+
+
+def test_another_spelling_of_the_folder_is_the_same_folder(photos, tmp_path, eye, monkeypatch):
+    with open_index(photos / NAME, eye) as index:
+        index.update(photos, eye)
+    (tmp_path / "link").symlink_to(photos)
+    monkeypatch.chdir(photos)
+    for spelling in (tmp_path / "link", Path("."), Path("d0/..")):
+        with open_index(spelling / NAME, eye) as index:
+            report = index.update(spelling, eye)
+            assert (report.unchanged, report.added, report.removed) == (8, 0, 0)
+    with open_index(photos / NAME, eye) as index:
+        assert index.remove([tmp_path / "link" / "d0", "d1/1-green.png"]) == 4
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions")
+def test_a_file_that_cannot_be_opened_is_tried_again(photos, eye, monkeypatch):
+    import polysense.app.photos as module
+    closed, inner = True, module.digest
+
+    def guarded(path):
+        if closed and path.endswith("0-red.png"):
+            raise PermissionError(13, "Permission denied")
+        return inner(path)
+
+    monkeypatch.setattr(module, "digest", guarded)
+    with open_index(photos / NAME, eye) as index:
+        assert [r for _, r in index.update(photos, eye).skipped] == ["cannot be opened (Permission denied)"]
+        closed = False
+        assert index.update(photos, eye).added == 1 and index.skipped() == []
