@@ -1,0 +1,78 @@
+"""What proofs share: training one arm in memory, and the plain scores they compare."""
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from polysense.base.batch import Batch
+from polysense.base.system import Preset, System
+from polysense.data.loader import Loader
+from polysense.data.sources import Source, Subset
+from polysense.data.tokenizer import make_tokenizer
+from polysense.pipeline import Pipeline
+from polysense.tasks import take
+from polysense.train.fit import fit
+
+
+@dataclass
+class Arm:
+    """One trained arm of a comparison."""
+    subject: Pipeline
+    losses: list[float] = field(default_factory=list)        # weighted total, step by step
+
+    @property
+    def final_loss(self) -> float:
+        """Mean over the last tenth of the steps."""
+        last = self.losses[-max(1, len(self.losses) // 10):]
+        return sum(last) / len(last)
+
+
+def train_arm(id: str, preset: Preset, source: Source, *, needs: tuple[str, ...], seed: int, tokenizer: Any = None,
+              prepare: Callable[[System], None] | None = None, batches: Iterable[Batch] | None = None,
+              clock: Callable[[], float] | None = None) -> Arm:
+    """Trains a preset on a source, or on `batches` of its own. prepare: puts weights in before the first step. clock: see `fit`."""
+    torch.manual_seed(seed)
+    system = preset.config.build()
+    if prepare is not None:
+        prepare(system)
+        system.after_start()
+    tokenizer = words(preset, source) if tokenizer is None and preset.feed.text else tokenizer
+    losses: list[float] = []
+    for stage in preset.stages:
+        fed = Loader(source, preset.feed, tokenizer, batch_size=stage.batch_size, seed=seed, needs=needs) if batches is None else batches
+        losses += [step.total for step in fit(system, stage, fed, clock=clock)]
+    return Arm(Pipeline(system.eval(), preset, tokenizer, id=id), losses)
+
+
+def words(preset: Preset, source: Source) -> Any:
+    """A tokenizer trained on the captions of a source."""
+    assert preset.feed.text is not None
+    return make_tokenizer(preset.feed.text, source.captions())
+
+
+def accuracy(subject: Any, source: Source, batch_size: int = 250) -> float:
+    """Share of the pictures that `classify` puts into their class."""
+    right = total = 0
+    with torch.inference_mode():
+        for batch in Loader(source, subject.preset.feed, None, batch_size=batch_size, train=False, needs=("image", "label")):
+            right += int((subject.system.classify(batch["image"]).argmax(1) == batch["label"]).sum())
+            total += len(batch["label"])
+    return right / total
+
+
+def few_of_each(source: Source, each: int, seed: int) -> Subset:
+    """`each` random samples of every class."""
+    labels = torch.tensor(source.labels())
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    return Subset(source, [int(i) for c in labels.unique() for i in order[labels[order] == c][:each]])
+
+
+def some_of(source: Source, n: int, seed: int) -> Subset:
+    """n random samples."""
+    return Subset(source, torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))[:n].tolist())
+
+
+def exam(name: str, subject: Any, test: Source, metric: str, train: Source | None = None, **options: Any) -> float:
+    """One number of one exam."""
+    return float(take(name, subject, test, train=train, **options).metrics[metric].value)
