@@ -78,7 +78,8 @@ class Pipeline:
     @property
     def scale(self) -> float:
         """What cosines are multiplied by before a softmax: the learned temperature, or CLIP's final 100."""
-        return float(getattr(self.system, "scale", 100.0))
+        with torch.no_grad():
+            return float(getattr(self.system, "scale", 100.0))
 
     def can(self, capability: str) -> bool:
         return fulfils(self.system, capability)

@@ -1,8 +1,8 @@
 """Finding what `polysense.open` was asked for: a run folder, an official checkpoint folder or file, or a hub id."""
 import hashlib
-import re
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -10,8 +10,15 @@ from polysense.base.catalogue import load, preset_of
 from polysense.base.errors import UserError
 from polysense.base.plan import Preset
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
-HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.bin", "*.pt")
+
+class Speechless:
+    """Stands where a checkpoint came without its vocabulary: pictures still work, and whoever gives a text is told why it does not."""
+
+    def __init__(self, why: UserError):
+        self.why = why
+
+    def __call__(self, texts: list[str]) -> NoReturn:
+        raise UserError(f"this checkpoint came without its tokenizer ({self.why.what})", f"put it beside the weights: {self.why.advice}")
 
 
 def best_device(name: str | None = None) -> torch.device:
@@ -34,49 +41,41 @@ def digest_of(system: torch.nn.Module, preset: Preset) -> str:
     return h.hexdigest()
 
 
-def download(hub_id: str) -> Path:
-    """A snapshot of a hub repository (`owner/name` or `owner/name@revision`) in the local cache."""
-    from huggingface_hub import snapshot_download
-
-    name, _, revision = hub_id.partition("@")
-    try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(HUB_FILES)))
-    except Exception as error:  # the client raises a dozen kinds for "no such repository", "no network", "no permission"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"cannot fetch {hub_id!r} from the hub ({reason})", "check the name and the network, or give a local folder") from error
-
-
 def read_official(path: Path, system: str, layout: str) -> tuple[Any, Preset, Any]:
     """(system, preset, tokenizer) of a published checkpoint in a named layout; the layout is never guessed."""
     from polysense.data.tokenizer import load_tokenizer
-    from polysense.weights.layout import read_checkpoint
+    from polysense.weights.convert import import_
 
     layouts = getattr(load(system), "weights", {})
     if layout not in layouts:
         raise UserError(f"{system} has no layout {layout!r}", f"it has {', '.join(layouts)}" if layouts else "it reads only its own run folders")
-    config, state = read_checkpoint(path, layout)
-    name, overrides = layouts[layout].read(config, state)
-    preset = preset_of(system, name).but(**overrides)
-    built = preset.config.build()
-    built.load_state_dict(layouts[layout].keymap(preset.config).load(state), strict=True)
-    folder = path if path.is_dir() else path.parent
-    return built, preset, load_tokenizer(folder, preset.feed.text) if preset.feed.text else None
+    built, preset = import_(path, layouts[layout], partial(preset_of, system))
+    tokenizer: Any = None
+    if preset.feed.text:
+        try:
+            tokenizer = load_tokenizer(path if path.is_dir() else path.parent, preset.feed.text)
+        except UserError as error:
+            tokenizer = Speechless(error)
+    return built, preset, tokenizer
 
 
 def find(path: str | Path, system: str | None, layout: str | None) -> tuple[str, Any, Preset, Any, str]:
     """(id, system, preset, tokenizer, where it was found) of anything that `open_pipeline` takes."""
-    place = Path(path)
+    from polysense.weights.files import HUB_ID, download
+
+    place = Path(path).expanduser()
     if (place / "run.json").is_file():
         from polysense.train.run import load_run
 
         run = load_run(place)
         if system and system != run.id:
             raise UserError(f"{place} is a run of {run.id}, not of {system}", "leave system= out: a run knows what it is")
-        return run.id, run.system, run.preset, run.tokenizer, str(place)
+        return run.id, run.system, run.preset, run.tokenizer, str(place.absolute())
     if not place.exists() and not HUB_ID.fullmatch(str(path)):
         raise UserError(f"no run or checkpoint at {str(path)!r}", "give a run folder, a checkpoint folder or file, or a hub id such as owner/name")
     if not system or not layout:
-        raise UserError(f"{str(path)!r} has no run.json, so it is not a run of polysense",
+        what = "has no run.json, so it is not a run of polysense" if place.exists() else "is no folder or file here, so it can only be a hub id"
+        raise UserError(f"{str(path)!r} {what}",
                         f"for a published checkpoint say system={system or '(such as clip; see `polysense list`)'} and layout=(such as hf or openai)")
-    place = place if place.exists() else download(str(path))
-    return system, *read_official(place, system, layout), str(path)
+    here = place.exists()
+    return system, *read_official(place if here else download(str(path)), system, layout), str(place.absolute() if here else path)

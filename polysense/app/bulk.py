@@ -88,7 +88,7 @@ def save_vectors(file: Path, suffix: str, names: list[str], matrix: np.ndarray, 
     """`names` [N] under the name `column`, and `vector` [N,D], as .npz or .parquet."""
     if suffix == ".npz":
         with open(file, "wb") as f:
-            np.savez(f, **{column: np.array(names, str), "vector": matrix})
+            np.savez(f, allow_pickle=False, **{column: np.array(names, str), "vector": matrix})
         return
     arrow, parquet = need_extra("pyarrow", "parquet"), need_extra("pyarrow.parquet", "parquet")
     vectors = arrow.FixedSizeListArray.from_arrays(arrow.array(matrix.ravel()), max(1, matrix.shape[1]))

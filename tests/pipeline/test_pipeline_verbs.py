@@ -228,7 +228,7 @@ def test_hub_names_and_paths(monkeypatch):
         raise OSError("no network\nand more")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    from polysense.pipeline_open import download
+    from polysense.weights.files import download
     with pytest.raises(UserError, match=r"no network.*give a local folder"):
         download("openai/clip-vit-base-patch32@abc")
     assert asked == [("openai/clip-vit-base-patch32", "abc")]
