@@ -1,0 +1,73 @@
+"""A published layout: how a library names weights and configuration. It is named by the user, never guessed."""
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from polysense.base.errors import UserError
+from polysense.base.plan import Feed
+from polysense.weights.files import HUB_ID, PICKLES, download, find_weights, read_json, read_state, write_files, write_state
+from polysense.weights.keymap import KeyMap, State
+from polysense.weights.signs import bears, hint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """`keymap(config)`: the table for a system's configuration. `read(their config, their state) -> (preset name, dotted overrides of the
+    preset)`. `write(config) -> their config`. All three raise UserError for what this layout or our system cannot express.
+
+    `feed(feed) -> their config` adds how pictures are read. Files of `beside` are read into, and written from, their config under the name
+    of the file without its ending.
+    """
+    of: str                                                  # system
+    name: str
+    keymap: Callable[[Any], KeyMap]
+    read: Callable[[dict[str, Any], State], tuple[str, dict[str, Any]]]
+    write: Callable[[Any], dict[str, Any]]
+    feed: Callable[[Feed], dict[str, Any]] = lambda feed: {}
+    config_file: str = "config.json"                         # "": this layout has none
+    weights_file: str = "model.safetensors"
+    beside: tuple[str, ...] = ()
+
+
+def read_checkpoint(path: str | Path, layout: Layout) -> tuple[dict[str, Any], State]:
+    """(their config, their state) of a folder, a weights file (with its configuration beside it) or a hub id.
+
+    Raises UserError for what is not there, cannot be read safely, or is plainly of another layout.
+    """
+    place = Path(path)
+    if not place.exists():
+        if not HUB_ID.fullmatch(str(path)) or place.suffix in (".safetensors", *PICKLES):
+            raise UserError(f"no checkpoint at {str(path)!r}", "give a folder, a weights file, or a hub id such as owner/name")
+        place = download(str(path))
+    weights = find_weights(place, layout.weights_file)
+    state = read_state(weights)
+    if not bears(state, layout.of, layout.name):
+        raise UserError(f"{weights.name} is not {layout.of} in the layout {layout.name!r}", hint(state))
+    config: dict[str, Any] = {}
+    if layout.config_file and (weights.parent / layout.config_file).is_file():
+        config = read_json(weights.parent / layout.config_file)
+    for name in layout.beside:
+        if (weights.parent / name).is_file():
+            config[Path(name).stem] = read_json(weights.parent / name)
+    return config, state
+
+
+def write_checkpoint(path: str | Path, config: dict[str, Any], state: State, layout: Layout) -> Path:
+    """Writes their config and their state in the published shape, atomically; returns the folder or file.
+
+    A folder of `config_file`, `weights_file` and `beside`; or, for a path that ends like a weights file, that file alone (only for a layout
+    without configuration).
+    """
+    place = Path(path)
+    if place.suffix in (".safetensors", *PICKLES):
+        if layout.config_file:
+            raise UserError(f"the layout {layout.name!r} needs {layout.config_file} beside its weights", "give a folder, not a file")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_state(place, state)
+        return place
+    texts = {name: config[Path(name).stem] for name in layout.beside if Path(name).stem in config}
+    if layout.config_file:
+        texts[layout.config_file] = {k: v for k, v in config.items() if f"{k}.json" not in layout.beside}
+    write_files(place, texts, {layout.weights_file: state})
+    return place

@@ -1,0 +1,32 @@
+"""How to tell published layouts apart: for error messages only. A layout is always named by the user, never guessed."""
+import re
+from collections.abc import Iterable
+
+SIGNS: dict[tuple[str, str], str] = {
+    ("clip", "hf"): r"vision_model\.embeddings\.patch_embedding\.weight",
+    ("clip", "openai"): r"visual\.conv1\.weight",
+    ("clip", "open_clip"): r"visual\.(conv1\.weight|trunk\..*)",
+    ("vit", "timm"): r"patch_embed\.proj\.weight",
+    ("vit", "hf"): r"(vit\.)?embeddings\.patch_embeddings\.projection\.weight",
+    ("resnet", "timm"): r"layer1\.0\.conv1\.weight",
+    ("resnet", "hf"): r"(resnet\.)?embedder\.embedder\.convolution\.weight",
+    ("bert", "hf"): r"(bert\.)?embeddings\.word_embeddings\.weight",
+}
+
+
+def bears(keys: Iterable[str], of: str, layout: str) -> bool:
+    """Whether a key that every file of this system and layout has is among `keys`."""
+    sign = re.compile(SIGNS[of, layout])
+    return any(sign.fullmatch(k) for k in keys)
+
+
+def recognise(keys: Iterable[str]) -> list[str]:
+    """The `system/layout` pairs whose files look like this, such as `clip/openai`."""
+    keys = list(keys)
+    return [f"{of}/{layout}" for of, layout in SIGNS if bears(keys, of, layout)]
+
+
+def hint(keys: Iterable[str]) -> str:
+    """What the file may be, as the second half of an error message."""
+    found = recognise(keys)
+    return f"it looks like {' or '.join(found)} (system/layout)" if found else "its names are those of no layout known here"
