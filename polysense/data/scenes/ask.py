@@ -1,11 +1,11 @@
 """Questions about a scene and their answers, computed from its description."""
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from polysense.data.scenes.palette import COLOURS, LIGHT_BACKDROPS, NUMBERS, SHAPES, SIZES, TEXTURES
+from polysense.data.scenes.palette import LIGHT_BACKDROPS, NUMBERS, SIZES, TEXTURES
 from polysense.data.scenes.say import a, noun, plural, refer
-from polysense.data.scenes.world import Scene, hides, relation
+from polysense.data.scenes.world import Scene, World, hides, relation
 
 QA = tuple[str, str]
 _ORDER = list(SIZES)
@@ -15,39 +15,40 @@ def _yes(truth: bool) -> str:
     return "yes" if truth else "no"
 
 
-def _pick(rng: np.random.Generator, items: list) -> object:
-    return items[rng.integers(len(items))]
+def _pick(rng: np.random.Generator, items: Sequence[str]) -> str:
+    return items[int(rng.integers(len(items)))]
 
 
-def _colour(scene: Scene, rng: np.random.Generator) -> list[QA]:
+def _colour(scene: Scene, world: World, rng: np.random.Generator) -> list[QA]:
     return [(f"what colour is the {t.shape}?", t.colour) for t in scene.things if sum(o.shape == t.shape for o in scene.things) == 1]
 
 
-def _shape(scene: Scene, rng: np.random.Generator) -> list[QA]:
+def _shape(scene: Scene, world: World, rng: np.random.Generator) -> list[QA]:
     return [(f"what shape is the {t.colour} thing?", t.shape) for t in scene.things if sum(o.colour == t.colour for o in scene.things) == 1]
 
 
-def _count(scene: Scene, rng: np.random.Generator) -> list[QA]:
+def _count(scene: Scene, world: World, rng: np.random.Generator) -> list[QA]:
     """Whole, per shape and per colour, one of them for something that may be absent."""
     t, things = scene.things[rng.integers(len(scene.things))], scene.things
-    shape, colour = (str(_pick(rng, list(SHAPES))), str(_pick(rng, list(COLOURS)))) if rng.random() < 0.25 else (t.shape, t.colour)
+    shape, colour = (_pick(rng, world.shapes), _pick(rng, world.colours)) if rng.random() < 0.25 else (t.shape, t.colour)
     return [("how many things are there?", NUMBERS[len(things)]),
             (f"how many {plural(shape)} are there?", NUMBERS[sum(o.shape == shape for o in things)]),
             (f"how many {colour} things are there?", NUMBERS[sum(o.colour == colour for o in things)]),
             (f"how many {t.colour} {plural(t.shape)} are there?", NUMBERS[sum((o.colour, o.shape) == (t.colour, t.shape) for o in things)])]
 
 
-def _exists(scene: Scene, rng: np.random.Generator) -> list[QA]:
-    """One yes and one no; the no swaps the colour or the shape of something that is there."""
-    t, kinds = scene.things[rng.integers(len(scene.things))], {(o.colour, o.shape) for o in scene.things}
-    other = [c for c in COLOURS if (c, t.shape) not in kinds]
-    wrong = f"{_pick(rng, other)} {t.shape}"
-    if rng.random() < 0.5 and (shapes := [s for s in SHAPES if (t.colour, s) not in kinds]):
-        wrong = f"{t.colour} {_pick(rng, shapes)}"
-    return [(f"is there {a(noun(t))}?", "yes"), (f"is there {a(wrong)}?", "no")]
+def _exists(scene: Scene, world: World, rng: np.random.Generator) -> list[QA]:
+    """One yes and one no; the no changes the colour or the shape of something that is there.
+
+    What is denied could appear in this world: were held-out pairs only ever denied, training would teach that they do not exist.
+    """
+    t, there = scene.things[rng.integers(len(scene.things))], {(o.colour, o.shape) for o in scene.things}
+    pairs = world.pairs() if t.writing < 0 else tuple((c, t.shape) for c in world.colours)
+    wrong = [f"{c} {s}" for c, s in pairs if (c, s) not in there and (c == t.colour) != (s == t.shape)]
+    return [(f"is there {a(noun(t))}?", "yes")] + ([(f"is there {a(_pick(rng, wrong))}?", "no")] if wrong else [])
 
 
-def _place(scene: Scene, rng: np.random.Generator) -> list[QA]:
+def _place(scene: Scene, world: World, rng: np.random.Generator) -> list[QA]:
     out: list[QA] = []
     for i, one in enumerate(scene.things):
         for j, two in enumerate(scene.things):
@@ -67,7 +68,7 @@ def _place(scene: Scene, rng: np.random.Generator) -> list[QA]:
     return out
 
 
-def _size(scene: Scene, rng: np.random.Generator) -> list[QA]:
+def _size(scene: Scene, world: World, rng: np.random.Generator) -> list[QA]:
     out = [(f"what size is {words}?", t.size) for t in scene.things if (words := refer(t, scene)) and t.size not in words.split()]
     for i, one in enumerate(scene.things):
         for two in scene.things[i + 1:]:
@@ -79,18 +80,18 @@ def _size(scene: Scene, rng: np.random.Generator) -> list[QA]:
     return out
 
 
-def _texture(scene: Scene, rng: np.random.Generator) -> list[QA]:
+def _texture(scene: Scene, world: World, rng: np.random.Generator) -> list[QA]:
     words = [w for w in TEXTURES.values() if w]
     out: list[QA] = []
     for t in scene.things:
         x = refer(t, scene)
         if x and not set(words) & set(x.split()):
-            asked = TEXTURES[t.texture] if t.texture != "plain" and rng.random() < 0.6 else str(_pick(rng, words))
+            asked = TEXTURES[t.texture] if t.texture != "plain" and rng.random() < 0.6 else _pick(rng, words)
             out.append((f"is {x} {asked}?", _yes(TEXTURES[t.texture] == asked)))
     return out
 
 
-def _same(scene: Scene, rng: np.random.Generator) -> list[QA]:
+def _same(scene: Scene, world: World, rng: np.random.Generator) -> list[QA]:
     """Two steps: find a thing, then count or compare by what it is like."""
     t = scene.things[rng.integers(len(scene.things))]
     x = refer(t, scene)
@@ -100,21 +101,21 @@ def _same(scene: Scene, rng: np.random.Generator) -> list[QA]:
             (f"how many other things have the shape of {x}?", NUMBERS[sum(o.shape == t.shape for o in scene.things) - 1])]
 
 
-def _background(scene: Scene, rng: np.random.Generator) -> list[QA]:
+def _background(scene: Scene, world: World, rng: np.random.Generator) -> list[QA]:
     asked = "light" if rng.random() < 0.5 else "dark"
     return [("what colour is the background?", scene.backdrop.colour),
             (f"is the background {asked}?", _yes((scene.backdrop.colour in LIGHT_BACKDROPS) == (asked == "light")))]
 
 
-ASKERS: dict[str, Callable[[Scene, np.random.Generator], list[QA]]] = {
+ASKERS: dict[str, Callable[[Scene, World, np.random.Generator], list[QA]]] = {
     "colour": _colour, "shape": _shape, "count": _count, "exists": _exists, "relation": _place, "size": _size, "texture": _texture,
     "same": _same, "background": _background}
 
 
-def questions(scene: Scene, rng: np.random.Generator, each: int = 2) -> list[QA]:
-    """Up to `each` questions of every kind that the scene allows, shuffled. Answers are words of the captions, a number, yes or no."""
+def questions(scene: Scene, world: World, rng: np.random.Generator, each: int = 2) -> list[QA]:
+    """Up to `each` questions of every kind that a scene of this world allows, shuffled. Answers are words of the captions, a number, yes or no."""
     out: list[QA] = []
     for asker in ASKERS.values():
-        said = asker(scene, rng)
+        said = asker(scene, world, rng)
         out += [said[i] for i in rng.permutation(len(said))[:each]]
     return [out[i] for i in rng.permutation(len(out))]

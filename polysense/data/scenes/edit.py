@@ -6,14 +6,17 @@ import numpy as np
 
 from polysense.data.scenes.palette import clear_on
 from polysense.data.scenes.say import a, ground, in_spot, noun, refer
-from polysense.data.scenes.world import Scene, Thing, World
+from polysense.data.scenes.world import Scene, Thing, World, hides
 
 
 @dataclass(frozen=True)
 class Edit:
     kind: str                                # of KINDS
-    instruction: str
+    instructions: list[str]                  # phrasings of one wish, in an order drawn by lot
     scene: Scene                             # after it
+
+
+Change = tuple[list[str], Scene] | None
 
 
 def _choose(rng: np.random.Generator, items: list[str]) -> str:
@@ -26,21 +29,21 @@ def _target(scene: Scene, rng: np.random.Generator, shapes_only: bool = False) -
     return named[rng.integers(len(named))] if named else None
 
 
-def _recolour(scene: Scene, world: World, rng: np.random.Generator) -> tuple[str, Scene] | None:
+def _recolour(scene: Scene, world: World, rng: np.random.Generator) -> Change:
     if (found := _target(scene, rng)) is None:
         return None
     i, words = found
     t = scene.things[i]
-    free = [c for c in clear_on(scene.backdrop.colour) if c != t.colour and c in world.colours and
+    touching = {o.colour for o in scene.things if o is t or hides(o, t) > 0}       # two things of one colour would melt together
+    free = [c for c in clear_on(scene.backdrop.colour) if c not in touching and c in world.colours and
             (t.writing >= 0 or (c, t.shape) in world.pairs())]
     if not free:
         return None
     colour = _choose(rng, free)
-    said = _choose(rng, [f"make {words} {colour}", f"change the colour of {words} to {colour}", f"paint {words} {colour}"])
-    return said, scene.but(i, colour=colour)
+    return [f"make {words} {colour}", f"change the colour of {words} to {colour}", f"paint {words} {colour}"], scene.but(i, colour=colour)
 
 
-def _reshape(scene: Scene, world: World, rng: np.random.Generator) -> tuple[str, Scene] | None:
+def _reshape(scene: Scene, world: World, rng: np.random.Generator) -> Change:
     if (found := _target(scene, rng, shapes_only=True)) is None:
         return None
     i, words = found
@@ -49,25 +52,23 @@ def _reshape(scene: Scene, world: World, rng: np.random.Generator) -> tuple[str,
     if not free:
         return None
     shape = _choose(rng, free)
-    said = _choose(rng, [f"turn {words} into {a(shape)}", f"replace {words} with {a(f'{t.colour} {shape}')}"])
-    return said, scene.but(i, shape=shape)
+    return [f"turn {words} into {a(shape)}", f"replace {words} with {a(f'{t.colour} {shape}')}"], scene.but(i, shape=shape)
 
 
-def _remove(scene: Scene, world: World, rng: np.random.Generator) -> tuple[str, Scene] | None:
+def _remove(scene: Scene, world: World, rng: np.random.Generator) -> Change:
     if len(scene.things) < 2 or (found := _target(scene, rng)) is None:
         return None
     i, words = found
-    said = _choose(rng, [f"remove {words}", f"take {words} away", f"delete {words}"])
-    return said, replace(scene, things=scene.things[:i] + scene.things[i + 1:])
+    return [f"remove {words}", f"take {words} away", f"delete {words}"], replace(scene, things=scene.things[:i] + scene.things[i + 1:])
 
 
-def _add(scene: Scene, world: World, rng: np.random.Generator) -> tuple[str, Scene] | None:
+def _add(scene: Scene, world: World, rng: np.random.Generator) -> Change:
     for _ in range(8):
         kind = world.kind(rng)
         t = world.place(rng, kind, list(scene.things), 0.04, crowd=len(scene.things) + 1) if kind[0] in clear_on(scene.backdrop.colour) else None
         if t is not None and in_spot(t):
-            said = _choose(rng, ["add", "put", "draw"])
-            return f"{said} {a(noun(t, size=True, texture=True))} {in_spot(t)}", replace(scene, things=(*scene.things, t))
+            what = f"{a(noun(t, size=True, texture=True))} {in_spot(t)}"
+            return [f"{verb} {what}" for verb in ("add", "put", "draw")], replace(scene, things=(*scene.things, t))
     return None
 
 
@@ -79,7 +80,7 @@ def _clear(t: Thing, others: list[Thing]) -> bool:
     return edge <= min(t.x, t.y) and max(t.x, t.y) <= 1 - edge and all(np.hypot(t.x - o.x, t.y - o.y) > 1.1 * (t.r + o.r) for o in others)
 
 
-def _move(scene: Scene, world: World, rng: np.random.Generator) -> tuple[str, Scene] | None:
+def _move(scene: Scene, world: World, rng: np.random.Generator) -> Change:
     if (found := _target(scene, rng)) is None:
         return None
     i, words = found
@@ -89,28 +90,28 @@ def _move(scene: Scene, world: World, rng: np.random.Generator) -> tuple[str, Sc
         for far in (0.4, 0.3, 0.22):
             new = replace(t, x=t.x + far * _WAYS[way][0], y=t.y + far * _WAYS[way][1])
             if _clear(new, others):
-                return _choose(rng, [f"move {words} {way}", f"shift {words} {way}"]), scene.but(i, x=new.x, y=new.y)
+                return [f"move {words} {way}", f"shift {words} {way}"], scene.but(i, x=new.x, y=new.y)
     return None
 
 
-def _background(scene: Scene, world: World, rng: np.random.Generator) -> tuple[str, Scene] | None:
+def _background(scene: Scene, world: World, rng: np.random.Generator) -> Change:
     new = world.backdrop(rng, {t.colour for t in scene.things}, avoid=scene.backdrop.colour)
     said = [f"change the background to {a(ground(new))}", f"put everything on {a(ground(new))}"]
     if new.kind == scene.backdrop.kind:
         said.append(f"make the background {new.colour}")
-    return _choose(rng, said), replace(scene, backdrop=new)
+    return said, replace(scene, backdrop=new)
 
 
-KINDS: dict[str, Callable[[Scene, World, np.random.Generator], tuple[str, Scene] | None]] = {
+KINDS: dict[str, Callable[[Scene, World, np.random.Generator], Change]] = {
     "recolour": _recolour, "reshape": _reshape, "remove": _remove, "add": _add, "move": _move, "background": _background}
 
 
 def edit(scene: Scene, world: World, rng: np.random.Generator, kind: str = "") -> Edit:
-    """An edit drawn by lot among the kinds that this scene allows (or of the given kind, where it allows it; a new backdrop always fits).
+    """An edit of a kind drawn by lot among those that this scene allows, or of the given `kind` where it allows that.
 
     Held-out pairs of colour and shape stay out of the edited scene too.
     """
     for name in [kind] * bool(kind) + [list(KINDS)[i] for i in rng.permutation(len(KINDS))] + ["background"]:
         if (done := KINDS[name](scene, world, rng)) is not None:
-            return Edit(name, *done)
+            return Edit(name, [done[0][k] for k in rng.permutation(len(done[0]))], done[1])
     raise AssertionError("a new backdrop always fits")

@@ -6,7 +6,7 @@ import numpy as np
 
 from polysense.data.scenes.paint import backdrop_light, paint
 from polysense.data.scenes.say import a, noun
-from polysense.data.scenes.world import Scene, Thing, World
+from polysense.data.scenes.world import Scene, Thing
 
 ACTIONS = ("moves left", "moves right", "moves up", "moves down", "turns clockwise", "turns anticlockwise", "grows", "shrinks", "bounces", "swap")
 _SAID = {"moves left": ("moves to the left", "slides left"), "moves right": ("moves to the right", "slides right"),
@@ -47,7 +47,7 @@ def _path(action: str, t: Thing, rng: np.random.Generator) -> tuple[Thing, Calla
     return replace(t, y=floor), lambda u: {"y": floor - high * (1 - (2 * (2 * u % 1) - 1) ** 2)}
 
 
-def animate(scene: Scene, world: World, rng: np.random.Generator, action: str = "") -> Clip:
+def animate(scene: Scene, rng: np.random.Generator, action: str = "") -> Clip:
     """A clip that starts from (nearly) this scene: an actor drawn by lot comes to the front and acts.
 
     `swap` needs two things; where the scene has one, or the asked action cannot be seen on it (a turning circle), another is drawn.

@@ -6,7 +6,6 @@ from polysense.base.errors import UserError
 from polysense.data.scenes.palette import COLOURS, SHAPES
 from polysense.data.scenes.world import SPLITS
 
-_ALL = {"n": 0, "size": 64, "seed": 0}
 COUNTS = {"train": 20000, "val": 1000, "test": 2000}
 
 
@@ -16,7 +15,7 @@ class Options:
 
     n: samples (0: 20000 train, 1000 val, 2000 test) · size: pixels · seed · captions: phrasings a sample · combos: `seen`, `heldout` or `all`
     pairs of colour and shape · objects: `2` or `1-4` things a scene · digits: chance that a thing is a handwritten digit · style: `rich` or
-    `plain` · shapes, colours: how many of them (`6`), or which (`circle,star`) · hint: `edges`, `depth`, `segments` or `all` · frames, of a
+    `plain` · shapes, colours: how many of them (`6`), or which (`circle,star`) · hint: `edges`, `depth` or `segments` · frames, of a
     clip · seconds, of a sound.
     """
     variant: str = ""
@@ -39,13 +38,15 @@ class Options:
 VARIANTS: dict[str, dict[str, object]] = {                        # a variant = other defaults
     "": {}, "single": {"objects": (1, 1), "digits": 0.0}, "combos": {"objects": (1, 1), "digits": 0.0}, "digits": {"objects": (1, 1), "digits": 1.0},
     "qa": {"objects": (1, 4)}, "edits": {"objects": (1, 3)}, "clips": {"objects": (1, 2), "digits": 0.0}, "sounds": {"digits": 0.0}}
-_CHOICES = {"combos": ("seen", "heldout", "all"), "style": ("rich", "plain"), "hint": ("edges", "depth", "segments", "all")}
+_FIXED = {"single": ("objects", "digits"), "combos": ("objects", "digits"), "digits": ("objects", "digits"), "sounds": ("digits",)}
+_CHOICES = {"combos": ("seen", "heldout", "all"), "style": ("rich", "plain"), "hint": ("edges", "depth", "segments")}
 _LOW = {"n": 0, "size": 8, "seed": 0, "captions": 1, "frames": 2, "digits": 0.0, "seconds": 0.1}
 _HIGH = {"size": 4096, "seed": 2 ** 48 - 1, "captions": 100, "frames": 256, "digits": 1.0, "seconds": 60.0, "n": 2 ** 40}
 
 
 def read_options(spec: str, split: str) -> Options:
     """`scenes[:variant][?key=value&...]` and a split -> Options. Raises UserError that names the nearest option for a typo."""
+    split = {"dev": "val"}.get(split, split)
     if split not in SPLITS:
         raise UserError(f"scenes have no split {split!r}", f"choose {', '.join(SPLITS)}")
     head, _, query = spec.partition("?")
@@ -62,6 +63,8 @@ def read_options(spec: str, split: str) -> Options:
         key, _, text = word.partition("=")
         if key not in names:
             raise UserError(f"scenes have no option {key!r}", f"did you mean {_nearest(key, names)}?")
+        if key in _FIXED.get(variant, ()):
+            raise UserError(f"{key} is fixed in scenes:{variant}", "leave it away, or use plain scenes")
         values[key] = _read(key, text)
     out = Options(**values)  # type: ignore[arg-type]
     return out if out.n else Options(**{**values, "n": COUNTS[split]})  # type: ignore[arg-type]

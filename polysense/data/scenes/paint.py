@@ -36,7 +36,7 @@ def _bilinear(size: int, knots: int) -> np.ndarray:
 def pattern(kind: str, x: np.ndarray, y: np.ndarray, pitch: float, unit: float, seed: int) -> np.ndarray:
     """Where the second colour goes, in [0, 1]. `x y` in radii, `pitch` the period in radii, `unit` pixels in a radius."""
     if kind == "gradient":
-        return np.clip(0.5 + 0.5 * y, 0, 1)
+        return 1.1 * np.clip(0.5 + 0.5 * y, 0, 1)
     if kind == "noise":                                           # value noise on a lattice of the thing's own
         lattice = np.random.Generator(np.random.Philox(key=seed)).random((12, 12), np.float32)
         cx, cy = np.clip((x + 1.3) * 4.2, 0, 10.999), np.clip((y + 1.3) * 4.2, 0, 10.999)
@@ -57,7 +57,7 @@ def pattern(kind: str, x: np.ndarray, y: np.ndarray, pitch: float, unit: float, 
 def _second(rgb: np.ndarray) -> np.ndarray:
     """The partner of a colour in a texture: the same hue, clearly lighter or darker."""
     bright = float(rgb @ np.array([0.2126, 0.7152, 0.0722], np.float32))
-    return rgb * 0.45 if bright > 0.4 else rgb + (1 - rgb) * (0.5 if bright > 0.03 else 0.3)
+    return rgb * 0.45 if bright > 0.4 else rgb + (1 - rgb) * (0.22 if bright > 0.02 else 0.13)
 
 
 def backdrop_light(b: Backdrop, size: int) -> np.ndarray:
@@ -109,29 +109,35 @@ class Picture:
         return self.top() == np.arange(len(self.layers), dtype=np.int8)[:, None, None]
 
     def depth(self) -> np.ndarray:
-        """float32 [1,H,W], 0 near to 1 far; the backdrop is 1."""
-        return np.array([*(t.z for t in self.scene.things), 1.0], np.float32)[self.top()][None]
+        """float32 [H,W], 0 near to 1 far; the backdrop is 1."""
+        return np.array([*(t.z for t in self.scene.things), 1.0], np.float32)[self.top()]
 
     def edges(self) -> np.ndarray:
-        """Visible outlines as antialiased lines, float32 [1,H,W] in [0,1]."""
+        """Visible outlines as antialiased lines, float32 [H,W] in [0,1]."""
         out = np.zeros(self.image.shape[:2], np.float32)
         for layer in self.layers:
             line = cover(np.abs(layer.distance) - 0.6)
             out[layer.window] = np.maximum(out[layer.window] * (1 - layer.alpha), line)
-        return out[None]
+        return out
 
     def segments(self) -> np.ndarray:
-        """Class map in the colours of `segment_palette`, float32 [3,H,W] in [0,1]."""
+        """Class map in the colours of `segment_palette`, float32 [H,W,3] in [0,1]."""
         rows = np.array([*(1 + THINGS.index(t.shape) for t in self.scene.things), 0])
-        return segment_palette()[rows[self.top()]].transpose(2, 0, 1)
+        return segment_palette()[rows[self.top()]]
+
+    def hint(self, which: str) -> np.ndarray:
+        """A map that may steer a generator, as a picture, uint8 [H,W,3]: `edges`, `depth` (near is bright) or `segments`."""
+        drawn = self.segments() if which == "segments" else self.edges() if which == "edges" else 1 - self.depth()
+        return np.round(255 * (drawn if drawn.ndim == 3 else np.repeat(drawn[..., None], 3, 2))).astype(np.uint8)
 
 
 def boxes_of(masks: np.ndarray) -> np.ndarray:
     """bool [N,H,W] -> the extents as x0 y0 x1 y1 in [0,1], float32 [N,4]; an empty mask gives zeros."""
     n, h, w = masks.shape
-    rows, columns = masks.any(2), masks.any(1)
-    return np.stack([columns.argmax(1) / w, rows.argmax(1) / h, np.where(columns.any(1), w - columns[:, ::-1].argmax(1), 0) / w,
-                     np.where(rows.any(1), h - rows[:, ::-1].argmax(1), 0) / h], 1).astype(np.float32).reshape(n, 4)
+    ends: list[np.ndarray] = []
+    for seen, length in ((masks.max(1), w), (masks.max(2), h)):    # columns, rows in which the thing is seen
+        ends += [seen.argmax(1) / length, np.where(seen.max(1), length - seen[:, ::-1].argmax(1), 0) / length]
+    return np.stack([ends[0], ends[2], ends[1], ends[3]], 1).astype(np.float32).reshape(n, 4)
 
 
 def _window(x: float, y: float, reach: float, size: int) -> Window:

@@ -20,7 +20,7 @@ SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "cre
           "pentagon", "semicircle", "trapezoid")
 DIGITS = tuple(f"digit {word}" for word in NUMBERS[:10])
 THINGS = SHAPES + DIGITS                                          # the classes of boxes and segments
-_HOLD_SEED = 20
+_HOLD_SEED = 2
 
 
 @cache

@@ -2,6 +2,7 @@
 from collections.abc import Callable
 from functools import lru_cache
 from math import cos, pi, sin
+from typing import cast
 
 import numpy as np
 
@@ -70,7 +71,7 @@ def _heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 FIELDS: dict[str, Field] = {
     "circle": _circle, "ring": _ring, "crescent": _crescent, "semicircle": _semicircle, "ellipse": _ellipse, "heart": _heart,
     "square": _polygon((-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)),
-    "triangle": _polygon(*((x, y + 0.15) for x, y in _turns(3, 1.15))),
+    "triangle": _polygon(*((x, y + 0.1) for x, y in _turns(3, 1.1))),
     "star": _polygon(*_turns(5, 1.12, 0.46)),
     "pentagon": _polygon(*_turns(5, 1.0)),
     "hexagon": _polygon(*_turns(6, 1.0)),
@@ -88,8 +89,8 @@ def handwriting() -> tuple[np.ndarray, np.ndarray]:
     """scikit-learn's 1,797 handwritten digits (UCI, Alpaydin & Kaynak 1998): ink [1797,8,8] in [0,1], class [1797]."""
     from sklearn.datasets import load_digits  # costs a second: only scenes with digits pay for it
 
-    data = load_digits()
-    return (data.images / 16).astype(np.float32), data.target.astype(np.int64)
+    ink, classes = cast(tuple[np.ndarray, np.ndarray], load_digits(return_X_y=True))
+    return (ink / 16).astype(np.float32).reshape(-1, 8, 8), classes.astype(np.int64)
 
 
 @lru_cache(maxsize=1)

@@ -5,7 +5,7 @@ import numpy as np
 
 from polysense.data.scenes.palette import COLOURS, NUMBERS, SHAPES
 from polysense.data.scenes.say import a, noun, plural
-from polysense.data.scenes.world import Scene, World
+from polysense.data.scenes.world import Scene
 
 RATE = 16000                                                      # samples a second
 PITCH = {c: 220.0 * 2 ** (k / 6) for k, c in enumerate(COLOURS)}   # whole tones up from A3: 220 Hz (red) to 784 Hz (black)
@@ -27,9 +27,8 @@ _ENVELOPE = {s: (0.005 + 0.03 * (k % 3 == 1), (1.0, 4.0, 9.0)[k % 3]) for k, s i
 _TIMES = ("never", "once", "twice", "three times", "four times")
 
 
-def alike(world: World, rng: np.random.Generator) -> Scene:
-    """A scene whose things are all of one kind: what is seen is what is heard."""
-    scene = world.sample(rng)
+def alike(scene: Scene) -> Scene:
+    """The things of the first one's kind: what is seen is what is heard."""
     kind = scene.things[0].colour, scene.things[0].shape
     return replace(scene, things=tuple(t for t in scene.things if (t.colour, t.shape) == kind))
 

@@ -1,102 +1,141 @@
 """The source `scenes`: sample i is a function of (spec, split, i) alone. No files, no state; cheap to pickle into worker processes."""
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
 from polysense.base.errors import UserError
-from polysense.data.scenes import ask, edit, motion, sound
+from polysense.data.scenes import ask, edit, motion, say, sound
 from polysense.data.scenes.options import Options, read_options
 from polysense.data.scenes.paint import Picture, boxes_of, paint
 from polysense.data.scenes.palette import DIGITS, THINGS
-from polysense.data.scenes.say import captions
 from polysense.data.scenes.world import SPLITS, Scene, World
+from polysense.data.sources import Sample, Source, offered
 
-Sample = dict[str, Any]
-_STILL = frozenset({"id", "image", "captions", "label", "boxes", "box_label", "mask"})
-OFFERS: dict[str, frozenset[str]] = {
-    "": _STILL | {"qa", "depth", "hint"}, "single": _STILL, "combos": _STILL, "digits": _STILL, "qa": _STILL | {"qa"},
-    "edits": _STILL | {"instruction", "edited", "edited_captions"}, "clips": frozenset({"id", "image", "captions", "label", "video"}),
-    "sounds": _STILL | {"audio"}}
-_SCENE, _WORDS, _QUESTIONS, _CHANGE = range(4)                    # independent streams of one sample
+_STILL = ("image", "text", "label", "boxes", "box_label", "mask")
+OFFERS: dict[str, tuple[str, ...]] = {
+    "": (*_STILL, "question", "answer", "depth", "hint"), "single": _STILL, "combos": _STILL, "digits": _STILL, "qa": (*_STILL, "question", "answer"),
+    "edits": (*_STILL, "edited"), "clips": ("image", "text", "label", "video"), "sounds": (*_STILL, "audio")}
+_SCENE, _WORDS, _QUESTIONS, _CHANGE, _NOISE = range(5)            # independent streams of one sample
+_KEPT = 16                                                        # scenes and pictures: one sample is asked for key by key, drawn once
 
 
-class ScenesSource:
-    """Rendered scenes. `source[i]` is a dict with exactly the keys `source.offers`:
+class ScenesSource(Source):
+    """Rendered scenes. `source[i]` has `id` and, as the variant offers them:
 
-    id str · image uint8 [H,W,3] · captions list[str] · label int (of `classes`; in plain `scenes` that of the thing with the largest
-    visible part) · boxes float32 [N,4] (x0 y0 x1 y1 in [0,1], visible part) · box_label int64 [N] (of `palette.THINGS`) · mask bool [N,H,W]
-    (visible parts, disjoint) · qa list[(question, answer)] · instruction str, edited uint8 [H,W,3], edited_captions list[str] · depth float32
-    [1,H,W], 0 near to 1 far · hint float32 [C,H,W] in [0,1] (edges 1, depth 1, segments 3, all 5 channels) · video uint8 [T,H,W,3] ·
-    audio float32 [S] at 16 kHz, in [-1,1]. Raises IndexError beyond the end, UserError for a spec that cannot be read.
+    image uint8 [H,W,3] · captions list[str] · label int (of `classes`; in scenes of several things the class of the largest) · boxes float32
+    [N,4] (x0 y0 x1 y1 in [0,1], visible part) · box_label int64 [N] (of `palette.THINGS`) · mask bool [N,H,W] (visible parts, disjoint) ·
+    qa list[(question, answer)] · depth float32 [H,W], 0 near to 1 far · hint uint8 [H,W,3] (outlines; or depth, near is bright; or class
+    colours) · video uint8 [T,H,W,3] · audio float32 [S] at 16 kHz, in [-1,1]. In `scenes:edits` the captions are phrasings of the
+    instruction (`instruction` is the first), edited uint8 [H,W,3] the picture after it, before and after list[str] describe the two
+    pictures. Raises IndexError beyond the end, UserError for a spec that cannot be read.
     """
 
     def __init__(self, spec: str = "scenes", split: str = "train"):
-        self.name, self.split = spec, split
         self.options: Options = read_options(spec, split)
         o = self.options
+        self.name, self.split, self.largest = spec, o.split, o.size
+        self.offers, self.rate = offered(OFFERS[o.variant]), sound.RATE if o.variant == "sounds" else None
         self.world = World(shapes=o.shapes, colours=o.colours, combos=o.combos, least=o.objects[0], most=o.objects[1], digits=o.digits,
-                           style=o.style, split=split, alike=1.0 if o.variant == "sounds" else 0.3)
+                           style=o.style, split=o.split, alike=1.0 if o.variant == "sounds" else 0.3)
         if o.digits < 1 and not self.world.pairs():
             raise UserError(f"no {o.combos} pair of colour and shape is left in {spec!r}", "allow more shapes or colours, or say combos=all")
-        self.offers: frozenset[str] = OFFERS[o.variant]
-        self.classes: tuple[str, ...] = {
+        self.classes = {
             "single": o.shapes, "combos": tuple(f"{c} {s}" for c in o.colours for s in o.shapes), "digits": DIGITS,
             "clips": motion.ACTIONS, "sounds": o.shapes}.get(o.variant, THINGS)
+        self._recent: dict[tuple[str, int], Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_recent": {}}
+
+    def _once(self, what: str, i: int, make: Callable[[], Any]) -> Any:
+        """`make()`, or what it made when asked a moment ago. Threads may make a thing twice, never a different one."""
+        if (held := self._recent.get((what, i))) is None:
+            held = self._recent[what, i] = make()
+            for old in list(self._recent)[:-_KEPT]:
+                self._recent.pop(old, None)
+        return held
 
     def __len__(self) -> int:
         return self.options.n
 
-    def __iter__(self) -> Iterator[Sample]:
-        return (self[i] for i in range(len(self)))
+    def id(self, i: int) -> str:
+        return f"scenes-{self.options.seed}-{self.split}-{i:06d}"
 
-    def stream(self, index: int, which: int) -> np.random.Generator:
+    def stream(self, i: int, which: int) -> np.random.Generator:
         """The random numbers of one purpose of one sample: Philox keyed by (seed and split, index), its counter by the purpose."""
-        key = np.array([self.options.seed * len(SPLITS) + SPLITS.index(self.split), index], np.uint64)
+        key = np.array([self.options.seed * len(SPLITS) + SPLITS.index(self.split), i], np.uint64)
         return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, 0, which], np.uint64)))
 
-    def scene(self, index: int) -> Scene:
-        """The description of a sample, not painted: some 100 microseconds."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"{self.name} has {len(self)} samples, there is no {index}")
-        rng = self.stream(index % len(self), _SCENE)
-        if self.options.variant == "sounds":
-            return sound.alike(self.world, rng)
-        return self.world.sample(rng)
+    def scene(self, i: int) -> Scene:
+        """The description of sample i, not painted: some 100 microseconds."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"{self.name} has {len(self)} samples, there is no {i}")
+        scene = self._once("scene", i, lambda: self.world.sample(self.stream(i, _SCENE)))
+        return sound.alike(scene) if self.options.variant == "sounds" else scene
 
-    def __getitem__(self, index: int) -> Sample:
-        scene, index, o = self.scene(index), index % len(self), self.options
-        out: Sample = {"id": f"scenes-{o.seed}-{self.split}-{index:06d}"}
-        change = self.stream(index, _CHANGE)
-        if o.variant == "clips":
-            clip = motion.animate(scene, self.world, change)
-            frames = motion.film(clip, o.frames, o.size)
-            return out | {"image": frames[0], "captions": clip.captions[:o.captions], "label": motion.ACTIONS.index(clip.action), "video": frames}
-        picture = paint(scene, o.size)
-        out |= self._still(picture) | {"captions": captions(scene, self.stream(index, _WORDS), o.captions)}
-        if "qa" in self.offers:
-            out["qa"] = ask.questions(scene, self.stream(index, _QUESTIONS))
-        if "hint" in self.offers:
-            out |= {"depth": picture.depth(), "hint": _hint(picture, o.hint)}
-        if o.variant == "edits":
-            edited = edit.edit(scene, self.world, change)
-            out |= {"instruction": edited.instruction, "edited": paint(edited.scene, o.size).image,
-                    "edited_captions": captions(edited.scene, self.stream(index, _WORDS), o.captions)}
-        if o.variant == "sounds":
-            out |= {"audio": sound.play(scene, o.seconds, change), "captions": sound.captions(scene, change)[:o.captions]}
+    def clip(self, i: int) -> motion.Clip:
+        """What happens in sample i of `scenes:clips`."""
+        return self._once("clip", i, lambda: motion.animate(self.scene(i), self.stream(i, _CHANGE)))
+
+    def edit(self, i: int) -> edit.Edit:
+        """The instruction of sample i of `scenes:edits` and the scene after it."""
+        return self._once("edit", i, lambda: edit.edit(self.scene(i), self.world, self.stream(i, _CHANGE)))
+
+    def picture(self, i: int) -> Picture:
+        """Sample i painted, with its maps."""
+        scene = self.clip(i).scene if self.options.variant == "clips" else self.scene(i)
+        return self._once("picture", i, lambda: paint(scene, self.options.size))
+
+    def captions(self) -> Iterator[str]:
+        for i in range(len(self)):
+            yield from self._said(i)
+
+    def labels(self) -> list[int]:
+        return [self._label(i) for i in range(len(self))]
+
+    def _said(self, i: int) -> list[str]:
+        variant, rng, most = self.options.variant, self.stream(i, _WORDS), self.options.captions
+        if variant == "clips":
+            return self.clip(i).captions[:most]
+        if variant == "edits":
+            return self.edit(i).instructions[:most]
+        return sound.captions(self.scene(i), rng)[:most] if variant == "sounds" else say.captions(self.scene(i), rng, most)
+
+    def _label(self, i: int) -> int:
+        if self.options.variant == "clips":
+            return motion.ACTIONS.index(self.clip(i).action)
+        main = max(self.scene(i).things, key=lambda t: t.r)
+        return self.classes.index(f"{main.colour} {main.shape}" if self.options.variant == "combos" else main.shape)
+
+    def _about(self, i: int) -> Sample:
+        out: Sample = {"captions": self._said(i), "label": self._label(i)}
+        if "boxes" in self.offers:
+            picture = self.picture(i)
+            out["boxes"] = boxes_of(picture.masks())
+            out["box_label"] = np.array([THINGS.index(t.shape) for t in picture.scene.things], np.int64)
+        if "question" in self.offers:
+            out["qa"] = ask.questions(self.scene(i), self.world, self.stream(i, _QUESTIONS))
+        if self.options.variant == "edits":
+            out["instruction"] = out["captions"][0]
+            for key, scene in (("before", self.scene(i)), ("after", self.edit(i).scene)):
+                out[key] = say.captions(scene, self.stream(i, _WORDS), self.options.captions)
         return out
 
-    def _still(self, picture: Picture) -> Sample:
-        things, masks = picture.scene.things, picture.masks()
-        main = things[int(masks.sum((1, 2)).argmax())]
-        label = self.classes.index(f"{main.colour} {main.shape}" if self.options.variant == "combos" else main.shape)
-        return {"image": picture.image, "label": label, "boxes": boxes_of(masks), "mask": masks,
-                "box_label": np.array([THINGS.index(t.shape) for t in things], np.int64)}
-
-
-def _hint(picture: Picture, which: str) -> np.ndarray:
-    maps = {"edges": picture.edges, "depth": picture.depth, "segments": picture.segments}
-    return np.concatenate([m() for m in maps.values()]) if which == "all" else maps[which]()
+    def _load(self, i: int, key: str) -> np.ndarray:
+        o = self.options
+        if key == "edited":
+            return paint(self.edit(i).scene, o.size).image
+        if key == "video":
+            return motion.film(self.clip(i), o.frames, o.size)
+        if key == "audio":
+            return sound.play(self.scene(i), o.seconds, self.stream(i, _NOISE))
+        picture = self.picture(i)
+        if key == "mask":
+            return picture.masks()
+        if key == "depth":
+            return picture.depth()
+        return picture.image if key == "image" else picture.hint(o.hint)
 
 
 def scenes_source(spec: str = "scenes", split: str = "train") -> ScenesSource:

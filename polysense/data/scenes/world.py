@@ -136,7 +136,10 @@ class World:
         things: list[Thing] = []
         for i, kind in enumerate(kinds):
             beside = things[0] if overlap and i == 1 and things else None
-            if (t := self.place(rng, kind, things, float(depths[i]), crowd=count, beside=beside)) is not None:
+            t = self.place(rng, kind, things, float(depths[i]), crowd=count, beside=beside)
+            if beside is not None and (t is None or hides(t, beside) > 0.5):
+                t = self.place(rng, kind, things, float(depths[i]), crowd=count)
+            if t is not None:
                 things.append(t)
         return Scene(tuple(things), self.backdrop(rng, {t.colour for t in things}), self.light(rng))
 
