@@ -24,8 +24,8 @@ class Classifier(System):
 
     def encode_image(self, image: Tensor) -> Tensor:
         """image [B,3,H,W] -> [B,D], unit norm: the backbone's pooled feature."""
-        return F.normalize(self.backbone(image).pooled.float(), dim=-1)
+        return F.normalize(self.backbone.pooled(image).float(), dim=-1)
 
     def classify(self, image: Tensor) -> Tensor:
         """image [B,3,H,W] -> logits [B,C]."""
-        return self.head(self.backbone(image).pooled).float()
+        return self.head(self.backbone.pooled(image)).float()

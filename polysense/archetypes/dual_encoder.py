@@ -39,11 +39,11 @@ class DualEncoder(System):
 
     def encode_image(self, image: Tensor) -> Tensor:
         """image [B,3,H,W] -> [B,D], unit norm."""
-        return F.normalize(self.image_head(self.vision(image).pooled).float(), dim=-1)
+        return F.normalize(self.image_head(self.vision.pooled(image)).float(), dim=-1)
 
     def encode_text(self, text: Tensor) -> Tensor:
         """text [B,L] token ids -> [B,D], unit norm."""
-        return F.normalize(self.text_head(self.text(text).pooled).float(), dim=-1)
+        return F.normalize(self.text_head(self.text.pooled(text)).float(), dim=-1)
 
     def encode_patches(self, image: Tensor) -> Tensor:
         """image [B,3,H,W] -> [B,h,w,D], unit norm: the tower's local features through the same head."""

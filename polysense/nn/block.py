@@ -57,19 +57,18 @@ class PreNorm(_Block):
         pass
 
     def forward(self, x: Tensor, source: Tensor | None = None, *, mask: Tensor | None = None, source_mask: Tensor | None = None,
-                causal: bool = False, cache: LayerCache | None = None, position: Tensor | None = None) -> Tensor:
-        """x [B,T,D], source [B,S,.] -> [B,T,D]; the arguments are Attention's, `source_mask` is cross-attention's. No source, no cross-attention."""
-        x = x + self._branch(self.attn(self.norm1(x), mask=mask, causal=causal, cache=cache, position=position), self.scale1)
+                causal: bool = False, cache: LayerCache | None = None, position: Tensor | None = None, query: Tensor | None = None) -> Tensor:
+        """x [B,T,D], source [B,S,.] -> [B,T,D]; the arguments are Attention's, `source_mask` is cross-attention's. No source, no cross-attention.
+
+        query [B,Q,D], tokens of x: only they are computed, [B,Q,D]; they see all of x that mask leaves (no `causal`, no rotary positions).
+        """
+        if query is not None:
+            x = query + self._branch(self.attn(self.norm1(query), self.norm1(x), mask=mask), self.scale1)
+        else:
+            x = x + self._branch(self.attn(self.norm1(x), mask=mask, causal=causal, cache=cache, position=position), self.scale1)
         if self.cross is not None and source is not None:
             x = x + self._branch(self.cross(self.norm_cross(x), source, mask=source_mask))
         return x + self._branch(self.mlp(self.norm2(x)), self.scale2)
-
-    def at(self, x: Tensor, query: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        """The block's output at the tokens `query` [B,Q,D] alone, which see all of x [B,T,D]: what a last block owes to a pooled token."""
-        normed = self.norm1(torch.cat([query, x], 1))
-        n = query.shape[1]
-        query = query + self._branch(self.attn(normed[:, :n], normed[:, n:], mask=mask), self.scale1)
-        return query + self._branch(self.mlp(self.norm2(query)), self.scale2)
 
     def unmixed(self, x: Tensor) -> Tensor:
         """x [B,T,D] -> [B,T,D]: the attention's value path alone, no mixing, no residual, no MLP: local features (MaskCLIP, Zhou et al. 2022)."""
@@ -84,9 +83,12 @@ class PostNorm(_Block):
         pass
 
     def forward(self, x: Tensor, source: Tensor | None = None, *, mask: Tensor | None = None, source_mask: Tensor | None = None,
-                causal: bool = False, cache: LayerCache | None = None, position: Tensor | None = None) -> Tensor:
+                causal: bool = False, cache: LayerCache | None = None, position: Tensor | None = None, query: Tensor | None = None) -> Tensor:
         """As PreNorm.forward."""
-        x = self.norm1(x + self._branch(self.attn(x, mask=mask, causal=causal, cache=cache, position=position), self.scale1))
+        if query is not None:
+            x = self.norm1(query + self._branch(self.attn(query, x, mask=mask), self.scale1))
+        else:
+            x = self.norm1(x + self._branch(self.attn(x, mask=mask, causal=causal, cache=cache, position=position), self.scale1))
         if self.cross is not None and source is not None:
             x = self.norm_cross(x + self._branch(self.cross(x, source, mask=source_mask)))
         return self.norm2(x + self._branch(self.mlp(x), self.scale2))

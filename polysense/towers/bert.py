@@ -5,14 +5,13 @@ import torch
 from torch import Tensor, nn
 
 from polysense.base.spec import Spec
-from polysense.base.system import Part
 from polysense.nn.build import build
 from polysense.nn.check import check_text
 from polysense.nn.transformer import Transformer
-from polysense.towers.encoded import Encoded
+from polysense.towers.encoded import Encoded, Tower
 
 
-class Bert(Part):
+class Bert(Tower):
     """Bidirectional text encoder (Devlin et al. 2019): word + position + kind (segment), norm, post-norm blocks.
 
     The body is a Transformer of PostNorm blocks with `norm=None`. Padding (id `pad`) is never looked at. pooled is the last hidden state of the
@@ -45,12 +44,17 @@ class Bert(Part):
         self.pooler = c.pooler.build() if c.pooler is not None else None
         self.length, self.pad, self.width = c.length, c.pad, c.width
 
-    def forward(self, text: Tensor, mask: Tensor | None = None, kind: Tensor | None = None) -> Encoded:
-        """text [B,L] ids; mask [B,L] True on real tokens (None: ids other than `pad`); kind [B,L] segments (None: all 0)
+    def forward(self, text: Tensor, mask: Tensor | None = None, kind: Tensor | None = None, short: bool = False) -> Encoded:
+        """text [B,L] ids; mask [B,L] True on real tokens (None: ids other than `pad`); kind [B,L] segments (None: all 0);
+        short: only `pooled` is wanted, tokens are [B,1,D]
         -> tokens [B,L,D], pooled [B,D], mask [B,L]. Raises UserError for a text longer than `length`."""
         check_text(text, self.length, self.embed.num_embeddings)
         mask = text != self.pad if mask is None else mask.bool()
         kinds = self.kind.weight[0] if kind is None else self.kind(kind)
         x = self.dropout(self.norm_pre(self.embed(text) + self.position[:, :text.shape[1]] + kinds))
-        x = self.body(x, mask=mask)
-        return Encoded(tokens=x, pooled=x[:, 0] if self.pooler is None else self.pooler(x[:, 0]), mask=mask)
+        x = self.body(x, mask=mask, at=torch.zeros(len(x), dtype=torch.long, device=x.device) if short else None)
+        return Encoded(tokens=x, pooled=x[:, 0] if self.pooler is None else self.pooler(x[:, 0]), mask=None if short else mask)
+
+    def pooled(self, text: Tensor) -> Tensor:
+        """text [B,L] -> `self(text).pooled` [B,D], the same numbers for less."""
+        return self(text, short=True).pooled

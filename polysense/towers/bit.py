@@ -11,7 +11,7 @@ from polysense.nn.check import check_image
 from polysense.nn.conv import StandardisedConv
 from polysense.nn.norm import GroupNorm
 from polysense.nn.residual import make_stages
-from polysense.towers.encoded import Encoded
+from polysense.towers.encoded import Encoded, Tower
 
 
 class PreActivation(Part):
@@ -44,7 +44,7 @@ class PreActivation(Part):
         return y + (x if self.shortcut is None else self.shortcut["conv"](active))
 
 
-class Bit(Part):
+class Bit(Tower):
     """ResNet-v2 with group norm and standardised weights (Kolesnikov et al. 2020); the ResNet half of the hybrid ViT and of LiT's peers."""
 
     @dataclass(frozen=True, kw_only=True)

@@ -7,13 +7,12 @@ from torch import Tensor, nn
 
 from polysense.base.errors import UserError
 from polysense.base.spec import Spec
-from polysense.base.system import Part
 from polysense.nn.attention import Attention
 from polysense.nn.check import check_image
 from polysense.nn.conv import ConvNorm
 from polysense.nn.position import fit_positions
 from polysense.nn.residual import Bottleneck, Project, make_stages
-from polysense.towers.encoded import Encoded
+from polysense.towers.encoded import Encoded, Tower
 
 
 class AttentionPool(Attention):
@@ -43,7 +42,7 @@ class AttentionPool(Attention):
         return self(x[:, :1], x)[:, 0]
 
 
-class ClipResNet(Part):
+class ClipResNet(Tower):
     """The modified ResNet of CLIP: three stem convolutions and an average pool, average pools in place of strides, attention pooling.
 
     Its pooled feature already lies in the joint space (`pool.out` is the projection), so the system's image head is `Nothing`.

@@ -5,13 +5,12 @@ import torch
 from torch import Tensor, nn
 
 from polysense.base.spec import Spec
-from polysense.base.system import Part
 from polysense.nn.check import check_text
 from polysense.nn.transformer import Transformer
-from polysense.towers.encoded import Encoded
+from polysense.towers.encoded import Encoded, Tower
 
 
-class ClipText(Part):
+class ClipText(Tower):
     """A causal transformer; the text feature is the final-norm token at the end of the text (Radford et al. 2021, section 2.4).
 
     No token sees a later one, so what follows the end (padding with any id) changes nothing and batches may be trimmed.
@@ -36,16 +35,24 @@ class ClipText(Part):
         self.body = c.body.build()
         self.length, self.end, self.width = c.length, c.end, c.width
 
-    def forward(self, text: Tensor) -> Encoded:
+    def forward(self, text: Tensor, short: bool = False) -> Encoded:
         """text [B,L] ids, L <= length -> tokens [B,L,D] (normed), pooled [B,D], mask [B,L] (True up to and with the end token).
 
+        short: only `pooled` is wanted; the last block computes nothing else and tokens are [B,1,D].
         Raises UserError for a longer text. A text without the end token is read at its first position.
         """
         check_text(text, self.length, self.embed.num_embeddings)
-        last = self.last(text)
-        x = self.body(self.embed(text) + self.position[:, :text.shape[1]], causal=True)
+        x, last = self.embed(text) + self.position[:, :text.shape[1]], self.last(text)
+        if short:
+            x = self.body(x, causal=True, at=last)
+            return Encoded(tokens=x, pooled=x[:, 0])
+        x = self.body(x, causal=True)
         mask = torch.arange(text.shape[1], device=text.device) <= last[:, None]
         return Encoded(tokens=x, pooled=x[torch.arange(len(x), device=x.device), last], mask=mask)
+
+    def pooled(self, text: Tensor) -> Tensor:
+        """text [B,L] -> `self(text).pooled` [B,D], the same numbers for less."""
+        return self(text, short=True).pooled
 
     def last(self, text: Tensor) -> Tensor:
         """text [B,L] -> position of the end token [B]."""

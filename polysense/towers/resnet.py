@@ -4,14 +4,13 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from polysense.base.spec import Spec
-from polysense.base.system import Part
 from polysense.nn.build import build
 from polysense.nn.check import check_image
 from polysense.nn.residual import Bottleneck, Stem, make_stages
-from polysense.towers.encoded import Encoded
+from polysense.towers.encoded import Encoded, Tower
 
 
-class ResNet(Part):
+class ResNet(Tower):
     """Deep residual network (He et al. 2016): stem, stages of blocks whose width doubles and whose map halves, global average.
 
     ResNet-50 is the default; 18 and 34 take Basic blocks; the CIFAR nets three stages, base 16 and CIFAR_STEM; the plain control net a

@@ -6,17 +6,16 @@ from torch import Tensor, nn
 
 from polysense.base.errors import UserError
 from polysense.base.spec import Spec
-from polysense.base.system import Part
 from polysense.nn.build import build
 from polysense.nn.patch import Patches
 from polysense.nn.position import fit_positions
 from polysense.nn.transformer import Transformer
-from polysense.towers.encoded import Encoded
+from polysense.towers.encoded import Encoded, Tower
 
 POOLS, DENSES = ("cls", "mean", "none"), ("tokens", "values")
 
 
-class ViT(Part):
+class ViT(Tower):
     """Vision Transformer (Dosovitskiy et al. 2021): z0 = [cls; x_p E] + position, blocks, norm (equations 1 to 4).
 
     Another size than `image_size` is read with interpolated positions. CLIP's tower is the same with `norm_pre` and a patch embedding
@@ -71,13 +70,19 @@ class ViT(Part):
             x = torch.cat([(self.cls + position[:, :self.prefix]).expand(len(x), -1, -1).to(x.dtype), x], 1)
         return (x if self.norm_pre is None else self.norm_pre(x)), grid
 
-    def forward(self, image: Tensor, keep: Tensor | None = None) -> Encoded:
+    def forward(self, image: Tensor, keep: Tensor | None = None, short: bool = False) -> Encoded:
         """image [B,C,H,W] -> tokens [B,T,D] (normed) and pooled [B,D]. keep [B,K]: only these patches are read (FLIP, MAE).
 
+        short: only `pooled` is wanted; where that is the class token, the last block computes nothing else and tokens are [B,1,D].
         Raises UserError for a wrong number of channels or a size that the patch does not divide.
         """
-        x = self.body(self.embed(image, keep)[0])
+        x = self.embed(image, keep)[0]
+        x = self.body(x, at=torch.zeros(len(x), dtype=torch.long, device=x.device) if short and self.pool == "cls" else None)
         return Encoded(tokens=x, pooled=self._pool(x))
+
+    def pooled(self, image: Tensor) -> Tensor:
+        """image [B,C,H,W] -> `self(image).pooled` [B,D], the same numbers for less."""
+        return self(image, short=True).pooled
 
     def features(self, image: Tensor) -> list[Tensor]:
         """image [B,C,H,W] -> the tokens [B,T,D] after each block, before the final norm."""

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from polysense.base.errors import UserError
-from polysense.nn.attention import Attention
+from polysense.nn.attention import Attention, attend, attention_mask
 from polysense.nn.block import PostNorm, PreNorm
 from polysense.nn.mlp import GatedMLP
 from polysense.nn.norm import RMSNorm
@@ -123,3 +123,21 @@ def test_impossible_shapes_are_refused():
                    Rotary.Config(width=3)):
         with pytest.raises(UserError):
             config.build()
+
+
+@pytest.mark.parametrize("keyword", [{}, {"causal": True}, {"mask": torch.tensor([[True] * 5, [True, True, False, False, False]])}], ids=str)
+def test_plain_products_for_bfloat16_training_equal_the_fused_kernel(keyword: dict):
+    q, k, v = (torch.randn(2, 2, 5, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    mask = keyword.get("mask")
+    given = {**keyword, "mask": attention_mask(mask) if mask is not None else None}
+    plain = attend(q, k, v, **given)
+    with torch.no_grad():
+        fused = attend(q, k, v, **given)
+    exact = attend(q.float(), k.float(), v.float(), **given)
+    assert plain.dtype == fused.dtype == torch.bfloat16
+    torch.testing.assert_close(plain.float(), exact, atol=0.03, rtol=0.03)
+    torch.testing.assert_close(plain, fused, atol=0.03, rtol=0.03)
+    probe = torch.randn(exact.shape)
+    ours, theirs = (torch.autograd.grad((y.float() * probe).sum(), (q, k, v)) for y in (plain, exact))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.float(), b.float(), atol=0.06, rtol=0.06)

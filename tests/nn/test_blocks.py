@@ -40,14 +40,14 @@ def test_cross_attention_stands_between_and_is_silent_without_a_source(kind: typ
     torch.testing.assert_close(block(x), plain(x))
 
 
+@pytest.mark.parametrize("kind", [PreNorm, PostNorm])
 @torch.no_grad()
-def test_last_block_at_some_tokens_equals_the_whole_block_there():
-    block = PreNorm.Config(width=8, heads=2, layer_scale=0.5).build()
-    x = torch.randn(2, 5, 8)
-    torch.testing.assert_close(block.at(x, x[:, :1]), block(x)[:, :1])
-    last = torch.tensor([2, 4])
-    seen = torch.arange(5) <= last[:, None]
-    torch.testing.assert_close(block.at(x, x[torch.arange(2), last][:, None], mask=seen)[:, 0], block(x, causal=True)[torch.arange(2), last])
+def test_a_body_at_one_token_equals_the_whole_body_there(kind: type):
+    body = Transformer.Config(width=8, depth=3, heads=2, block=kind.Config(layer_scale=0.5)).build()
+    x, at, rows = torch.randn(2, 5, 8), torch.tensor([2, 4]), torch.arange(2)
+    padding = torch.arange(5) < torch.tensor([[4], [5]])
+    for keyword in ({}, {"causal": True}, {"mask": padding}, {"mask": padding, "causal": True}):
+        torch.testing.assert_close(body(x, at=at, **keyword)[:, 0], body(x, **keyword)[rows, at])
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from polysense.base.spec import from_dict
 from polysense.nn.block import PostNorm
 from polysense.nn.norm import LayerNorm, freeze_norm
 from polysense.nn.residual import CIFAR_STEM, Basic, Pad
+from polysense.nn.rotary import Rotary
 from polysense.nn.transformer import Transformer
 from polysense.towers.bert import Bert
 from polysense.towers.bit import Bit
@@ -23,6 +24,7 @@ BERT = Bert.Config(vocab=50, length=20, norm_pre=LayerNorm.Config(),
 CIFAR = ResNet.Config(layers=(1, 1, 1), base=8, block=Basic.Config(), stem=CIFAR_STEM)
 CLIP_RN = ClipResNet.Config(layers=(1, 1, 1, 1), base=8, heads=4, dim=16, image_size=64)
 BIT = Bit.Config(layers=(1, 1), base=8).but(**{"block.norm.groups": 4})
+ROPE = {"body.block.attn.rope": Rotary.Config()}
 IMAGE_TOWERS = [VIT, VIT.but(dense="values"), VIT.but(pool="mean", prefix=0), CIFAR, CLIP_RN, BIT]
 
 
@@ -176,3 +178,19 @@ def test_depth_leaves_the_gradient_of_a_residual_net_alone_and_ruins_a_plain_one
     residual = gradient(56, Basic.Config(shortcut=Pad.Config())) / gradient(20, Basic.Config(shortcut=Pad.Config()))
     plain = gradient(56, Basic.Config(shortcut=None)) / gradient(20, Basic.Config(shortcut=None))
     assert 0.1 < residual < 10 and not 0.1 < plain < 10
+
+
+SHORT = [VIT, VIT.but(pool="mean"), TEXT, TEXT.but(end=None), TEXT.but(**ROPE), BERT, CIFAR]
+
+
+@pytest.mark.parametrize("config", SHORT, ids=lambda c: type(c).__qualname__)
+def test_the_short_way_to_the_pooled_feature_is_exact_with_its_gradient(config):
+    tower = config.build()
+    given = torch.randn(3, 3, 16, 16) if hasattr(config, "channels") else torch.tensor([[1, 9, 8, 2, 0, 0], [1, 5, 2, 0, 0, 0], [1, 4, 9, 9, 9, 2]])
+    tower.eval()
+    long, short = tower(given).pooled, tower.pooled(given)
+    torch.testing.assert_close(short, long, atol=1e-5, rtol=1e-4)
+    probe = torch.randn_like(long)
+    one, other = (torch.autograd.grad((y * probe).sum(), list(tower.parameters()), retain_graph=True) for y in (long, short))
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
