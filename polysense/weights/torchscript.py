@@ -82,11 +82,11 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
     try:
         with zipfile.ZipFile(path) as archive:
             root = next(n for n in archive.namelist() if n.endswith("/data.pkl")).removesuffix("/data.pkl")
-            tree = _Reader(archive.read(f"{root}/data.pkl"), archive, root).load()
-    except (pickle.UnpicklingError, zipfile.BadZipFile, KeyError, EOFError, RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+            out: dict[str, Tensor] = {}
+            _walk(_Reader(archive.read(f"{root}/data.pkl"), archive, root).load(), "", out)
+    # RuntimeError: a tensor that reaches beyond its storage, a tree that contains itself
+    except (pickle.UnpicklingError, zipfile.BadZipFile, LookupError, EOFError, RuntimeError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"cannot read the TorchScript archive {path.name} ({error})", "fetch it again, or convert it to safetensors") from error
-    out: dict[str, Tensor] = {}
-    _walk(tree, "", out)
     return out
 
 
