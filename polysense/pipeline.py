@@ -22,12 +22,14 @@ from polysense.base.protocols import fulfils
 from polysense.data.images import decode, read_images, window
 from polysense.pipeline_heat import NEUTRAL, Detection, Explanation, Heat, Labelled, content_words, heat_maps, overlay
 from polysense.pipeline_open import best_device, digest_of, find
+from polysense.tasks.templates import DEFAULT
+from polysense.tasks.zero_shot import templates_of, zero_shot_classifier
 from polysense.train.precision import autocast
 
 __all__ = ["Detection", "Explanation", "Heat", "Labelled", "Pipeline", "open_pipeline", "overlay"]
 
 Progress = Callable[[int, int], object]
-TEMPLATES = ("a photo of a {}.",)                     # CLIP's default prompt (Radford et al. 2021, section 3.1.4)
+TEMPLATES = DEFAULT                                   # CLIP's prompt (Radford et al. 2021, section 3.1.4)
 BACKGROUNDS = ("background", "a blurry photo of nothing in particular.", "a plain surface.", "a texture.")
 SHARE = 1 / 64                                        # of the patches that a word must win to count as matched
 THUMBNAIL = 512                                       # longest side of the picture that an explanation is drawn on, pixels
@@ -96,7 +98,10 @@ class Pipeline:
     def _run(self, capability: str, tensor: Tensor) -> np.ndarray:
         """One capability on one tensor, without a graph, in bf16 where the hardware multiplies it faster; float32 comes out."""
         with torch.inference_mode(), autocast("auto", self.device)(True):
-            return getattr(self.system, capability)(tensor).float().cpu().numpy()
+            out = getattr(self.system, capability)(tensor).float().cpu()
+        if not out.isfinite().all():
+            raise UserError(f"{capability} returned numbers that are not finite", "the weights are damaged, or their training diverged")
+        return out.numpy()
 
     # -- verbs --------------------------------------------------------------------------------------------------------------------------
 
@@ -126,17 +131,17 @@ class Pipeline:
         """Cosines [N,M] of N pictures and M texts."""
         return self.encode(images=images) @ self.encode(texts=texts).T
 
-    def prompts(self, labels: Sequence[str], templates: Sequence[str] = TEMPLATES) -> np.ndarray:
-        """Zero-shot classifier rows [C,D]: each label's templates encoded, averaged, normalised again (CLIP, section 3.1.4)."""
-        labels, templates = _listed(labels), _listed(templates)
-        if not labels or not templates:
-            raise UserError("there are no labels" if not labels else "there are no templates", "give at least one")
-        if wrong := [t for t in templates if "{}" not in t]:
-            raise UserError(f"the template {wrong[0]!r} has no place for a label", "write {} where the label goes, as in 'a photo of a {}.'")
-        rows = self.encode(texts=[t.replace("{}", name) for name in labels for t in templates]).reshape(len(labels), len(templates), -1).mean(1)
-        return rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(1e-12)
+    def prompts(self, labels: Sequence[str], templates: str | Sequence[str] = TEMPLATES) -> np.ndarray:
+        """Zero-shot classifier rows [C,D]: each label's templates encoded, averaged, normalised again (CLIP, section 3.1.4).
 
-    def label(self, images: Sequence[Any], labels: Sequence[str], templates: Sequence[str] = TEMPLATES, *, top: int | None = None,
+        `templates`: as in exams, the name of a set of `tasks.templates`, one template, or several.
+        """
+        self._need("encode_text")
+        if not (labels := _listed(labels)):
+            raise UserError("there are no labels", "give at least one")
+        return zero_shot_classifier(self, labels, templates_of(templates)).numpy()
+
+    def label(self, images: Sequence[Any], labels: Sequence[str], templates: str | Sequence[str] = TEMPLATES, *, top: int | None = None,
               progress: Progress | None = None) -> list[Labelled]:
         """Zero-shot: the probability of each label, softmax of scaled cosines over the labels given, most probable first."""
         images, labels = _listed(images), _listed(labels)
@@ -174,7 +179,7 @@ class Pipeline:
             self.asked = texts, self.encode(texts=texts)
         return self.asked[1]
 
-    def detect(self, image: Any, labels: Sequence[str], *, templates: Sequence[str] = TEMPLATES, backgrounds: Sequence[str] = BACKGROUNDS,
+    def detect(self, image: Any, labels: Sequence[str], *, templates: str | Sequence[str] = TEMPLATES, backgrounds: Sequence[str] = BACKGROUNDS,
                scales: Sequence[float] = (1.0, 0.66, 0.5, 0.33), threshold: float = 0.5, iou: float = 0.3, top: int = 100) -> list[Detection]:
         """Zero-shot detection (CLIP on region crops): square crops of a grid at several scales (fractions of the short side, half a crop
         apart) are scored against the labels and the background prompts; what is likelier than `threshold` is kept after

@@ -23,6 +23,7 @@ import torch
 from polysense.app.files import Progress, ahead, find_photos, place, readable
 from polysense.base.errors import UserError
 from polysense.pipeline import TEMPLATES, softmax
+from polysense.tasks.zero_shot import templates_of
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,9 @@ def read_labels(labels: str | Path | Sequence[str]) -> list[str]:
     return found
 
 
-def label_folder(pipeline: Any, photos: str | Path, labels: str | Path | Sequence[str], out: str | Path, *, templates: Sequence[str] = TEMPLATES,
-                 top: int = 1, batch_size: int = 64, workers: int = 4, progress: Progress | None = None) -> LabelReport:
+def label_folder(pipeline: Any, photos: str | Path, labels: str | Path | Sequence[str], out: str | Path, *,
+                 templates: str | Sequence[str] = TEMPLATES, top: int = 1, batch_size: int = 64, workers: int = 4,
+                 progress: Progress | None = None) -> LabelReport:
     """Label every picture below `photos` and write `path,label,probability[,label_2,probability_2 ...],error` to `out`, one row a picture.
 
     Paths are relative to `photos`. Probabilities are a softmax over the labels given. A picture that cannot be read keeps a row with its error.
@@ -62,6 +64,7 @@ def label_folder(pipeline: Any, photos: str | Path, labels: str | Path | Sequenc
     if top < 1:
         raise UserError(f"cannot give {top} labels a picture", "ask for at least one")
     top = min(top, len(names))
+    templates = templates_of(templates)
     rows = pipeline.prompts(names, templates)
     paths = sorted(p for p, _, _ in find_photos(photos))
     if not paths:

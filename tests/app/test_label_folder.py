@@ -69,15 +69,20 @@ def test_a_killed_run_goes_on_where_it_was(photos, tmp_path):
     assert label_folder(eye, photos, COLOURS, tmp_path / "again.csv").resumed == 0 and rows(tmp_path / "again.csv") == whole
 
 
-@pytest.mark.parametrize("change", ["labels", "model", "template", "garbage"])
+@pytest.mark.parametrize("change", ["nothing", "labels", "model", "template", "garbage"])
 def test_another_task_does_not_take_over_old_answers(photos, tmp_path, change):
+    def stop(done: int, total: int) -> None:
+        if done >= 4:
+            raise KeyboardInterrupt
+
     out = tmp_path / "out.csv"
-    subprocess.run([sys.executable, "-c", KILLED, photos, out, Path(__file__).parents[1]], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    with pytest.raises(KeyboardInterrupt):
+        label_folder(pipeline(), photos, COLOURS, out, batch_size=2, progress=stop)
     if change == "garbage":
         Path(f"{out}.part").write_bytes(os.urandom(50) + b"\n[1]\n")
     eye = pipeline(gain=0.9 if change == "model" else 1.0)
-    labels, templates = ["blue", "red"] if change == "labels" else COLOURS, ["{}"] if change == "template" else ["a {}."]
-    assert label_folder(eye, photos, labels, out, templates=templates).resumed == 0
+    labels, templates = ["blue", "red"] if change == "labels" else COLOURS, "a {}." if change == "template" else "default"
+    assert label_folder(eye, photos, labels, out, templates=templates).resumed == (4 if change == "nothing" else 0)
 
 
 def test_an_old_answer_stays_whole_until_the_new_one_is(photos, tmp_path):

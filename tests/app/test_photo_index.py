@@ -1,13 +1,13 @@
+import multiprocessing
 import os
 import shutil
 import sqlite3
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from churn import churn
 from colours import RGB, paint, pipeline
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -249,40 +249,27 @@ def test_many_pictures_switch_to_cells_and_back(tmp_path, eye):
         assert index.faiss.ntotal == 501 and "IDMap" in type(index.faiss).__name__
 
 
-KILLED = """
-import sys, time
-sys.path.insert(0, sys.argv[3])
-import polysense.app.index as module
-from colours import pipeline
-eye = pipeline()
-inner = eye.encode_prepared
-eye.encode_prepared = lambda batch: (time.sleep(0.004), inner(batch))[1]
-serialize = module.faiss.serialize_index
-module.faiss.serialize_index = lambda index: (time.sleep(0.02), serialize(index))[1]
-while True:
-    print("go", flush=True)
-    with module.open_index(sys.argv[1], eye) as index:
-        index.update(sys.argv[2], eye, batch_size=3)
-        index.remove(index.paths()[::2])
-"""
-
-
 def test_killed_at_any_moment_it_opens_and_goes_on(photos, tmp_path, eye):
     for i in range(60):
         paint(photos / "many" / f"{i}.png", (i * 4, 255 - i, i * 7 % 256), salt=i)
     total = len(list(find_photos(photos)))
-    folder, rng = tmp_path / "index", np.random.default_rng(0)
-    for moment in rng.uniform(0.0, 0.4, 6):
-        child = subprocess.Popen([sys.executable, "-c", KILLED, str(folder), str(photos), str(Path(__file__).parents[1])],
-                                 stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        child.stdout.readline()
+    folder, rng, sizes = tmp_path / "index", np.random.default_rng(0), set()
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["polysense.app.index", "polysense.pipeline"])
+    for moment in rng.uniform(0.0, 0.5, 10):
+        begun = server.Event()
+        child = server.Process(target=churn, args=(folder, photos, begun), daemon=True)
+        child.start()
+        assert begun.wait(60)
         time.sleep(moment)
-        assert child.poll() is None, "the child died by itself"
+        assert child.is_alive(), "the child died by itself"
         child.kill()
-        child.wait()
+        child.join()
         if (folder / "photos.sqlite").exists():
             with Index.open(folder) as index:
                 agrees(index, eye)
+                sizes.add(len(index))
+    assert len(sizes) > 2, "the kills fell into different moments"
     with open_index(folder, eye) as index:
         index.update(photos, eye)
         assert len(index) == total

@@ -88,10 +88,16 @@ def test_templates_are_averaged_and_normalised_again():
     want = (first + second) / 2
     assert np.allclose(rows[0], want / np.linalg.norm(want), atol=1e-6)
     assert np.allclose(eye.prompts(["red"], ["{}"]), eye.encode(texts=["red"]), atol=1e-6), "one template is no ensemble"
-    with pytest.raises(UserError, match=r"write \{\} where"):
+    with pytest.raises(UserError, match=r"needs \{\} where"):
         eye.prompts(["red"], ["a photo"])
     with pytest.raises(UserError, match="no labels"):
         eye.prompts([])
+
+
+def test_damaged_weights_are_told_not_stored():
+    eye = pipeline(gain=float("nan"))
+    with pytest.raises(UserError, match="not finite"):
+        eye.encode(images=[scene()])
 
 
 def test_classify():
