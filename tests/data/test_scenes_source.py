@@ -156,3 +156,15 @@ def _seconds(source: ScenesSource, k: int, clock) -> float:
     for i in range(40 * k, 40 * k + 40):
         source[i + 1]
     return (clock() - start) / 40
+
+
+def test_scenes_are_sources_among_others():
+    from polysense.data import list_sources, source
+
+    listed = {s.name: s for s in list_sources()}
+    assert {f"scenes:{v}".rstrip(":") for v in VARIANTS} <= set(listed)
+    assert all(listed[name].offers == source(name, "val").offers for name in listed if name.startswith("scenes"))
+    both = source("scenes:single?n=3&size=16+digits")
+    assert both[1]["image"].shape == (16, 16, 3) and both.classes[both[1]["label"]] in SHAPES
+    with pytest.raises(UserError, match="size"):
+        source("scenes?siz=16")

@@ -35,9 +35,26 @@ class Options:
     seconds: float = 1.0
 
 
-VARIANTS: dict[str, dict[str, object]] = {                        # a variant = other defaults
-    "": {}, "single": {"objects": (1, 1), "digits": 0.0}, "combos": {"objects": (1, 1), "digits": 0.0}, "digits": {"objects": (1, 1), "digits": 1.0},
-    "qa": {"objects": (1, 4)}, "edits": {"objects": (1, 3)}, "clips": {"objects": (1, 2), "digits": 0.0}, "sounds": {"digits": 0.0}}
+@dataclass(frozen=True)
+class Variant:
+    """One kind of sample: what it is in a line, the batch keys that it offers, and its other defaults."""
+    says: str
+    offers: tuple[str, ...]
+    defaults: dict[str, object]
+
+
+_STILL = ("image", "text", "label", "boxes", "box_label", "mask")
+_ONE: dict[str, object] = {"objects": (1, 1), "digits": 0.0}
+VARIANTS: dict[str, Variant] = {
+    "": Variant("drawn scenes of shapes and digits: pictures, words, boxes, masks, questions, hints",
+                (*_STILL, "question", "answer", "depth", "hint"), {}),
+    "single": Variant("drawn scenes of one thing; the class is its shape", _STILL, _ONE),
+    "combos": Variant("drawn scenes of one thing; the class is colour and shape, test shows pairs never trained on", _STILL, _ONE),
+    "digits": Variant("drawn scenes of one handwritten digit", _STILL, {"objects": (1, 1), "digits": 1.0}),
+    "qa": Variant("drawn scenes with questions and answers", (*_STILL, "question", "answer"), {}),
+    "edits": Variant("drawn scenes with an instruction and the picture after it", (*_STILL, "edited"), {"objects": (1, 3)}),
+    "clips": Variant("drawn scenes that move, with what happens in words", ("image", "text", "label", "video"), {"objects": (1, 2), "digits": 0.0}),
+    "sounds": Variant("drawn scenes that beep: shape is timbre, colour is pitch", (*_STILL, "audio"), {"digits": 0.0})}
 _FIXED = {"single": ("objects", "digits"), "combos": ("objects", "digits"), "digits": ("objects", "digits"), "sounds": ("digits",)}
 _CHOICES = {"combos": ("seen", "heldout", "all"), "style": ("rich", "plain"), "hint": ("edges", "depth", "segments")}
 _LOW = {"n": 0, "size": 8, "seed": 0, "captions": 1, "frames": 2, "digits": 0.0, "seconds": 0.1}
@@ -55,7 +72,7 @@ def read_options(spec: str, split: str) -> Options:
         raise UserError(f"{spec!r} does not name scenes", "it looks like scenes, scenes:single or scenes:edits?size=32")
     if variant not in VARIANTS:
         raise UserError(f"scenes have no variant {variant!r}", f"choose {_nearest(variant, [v for v in VARIANTS if v])}")
-    values: dict[str, object] = {"variant": variant, "split": split, **VARIANTS[variant]}
+    values: dict[str, object] = {"variant": variant, "split": split, **VARIANTS[variant].defaults}
     if variant == "combos" and split == "test":
         values["combos"] = "heldout"
     names = [f.name for f in fields(Options) if f.name not in ("variant", "split")]

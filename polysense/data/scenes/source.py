@@ -6,16 +6,12 @@ import numpy as np
 
 from polysense.base.errors import UserError
 from polysense.data.scenes import ask, edit, motion, say, sound
-from polysense.data.scenes.options import Options, read_options
+from polysense.data.scenes.options import VARIANTS, Options, read_options
 from polysense.data.scenes.paint import Picture, boxes_of, paint
 from polysense.data.scenes.palette import DIGITS, THINGS
 from polysense.data.scenes.world import SPLITS, Scene, World
 from polysense.data.sources import Sample, Source, offered
 
-_STILL = ("image", "text", "label", "boxes", "box_label", "mask")
-OFFERS: dict[str, tuple[str, ...]] = {
-    "": (*_STILL, "question", "answer", "depth", "hint"), "single": _STILL, "combos": _STILL, "digits": _STILL, "qa": (*_STILL, "question", "answer"),
-    "edits": (*_STILL, "edited"), "clips": ("image", "text", "label", "video"), "sounds": (*_STILL, "audio")}
 _SCENE, _WORDS, _QUESTIONS, _CHANGE, _NOISE = range(5)            # independent streams of one sample
 _KEPT = 16                                                        # scenes and pictures: one sample is asked for key by key, drawn once
 
@@ -35,7 +31,7 @@ class ScenesSource(Source):
         self.options: Options = read_options(spec, split)
         o = self.options
         self.name, self.split, self.largest = spec, o.split, o.size
-        self.offers, self.rate = offered(OFFERS[o.variant]), sound.RATE if o.variant == "sounds" else None
+        self.offers, self.rate = offered(VARIANTS[o.variant].offers), sound.RATE if o.variant == "sounds" else None
         self.world = World(shapes=o.shapes, colours=o.colours, combos=o.combos, least=o.objects[0], most=o.objects[1], digits=o.digits,
                            style=o.style, split=o.split, alike=1.0 if o.variant == "sounds" else 0.3)
         if o.digits < 1 and not self.world.pairs():
