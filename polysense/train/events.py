@@ -18,7 +18,7 @@ class Started(Event):
     done: int                                # taken before, on a resume
     parameters: int
     trainable: int                           # in the first stage
-    samples: int                             # in the data
+    samples: int | None                      # in the data; None for a stream
     data: str
     device: str
     precision: str

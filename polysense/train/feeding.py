@@ -4,11 +4,15 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from polysense.base.batch import Batch
 from polysense.base.errors import UserError
 from polysense.base.plan import Preset, Stage
 from polysense.base.spec import Spec
 from polysense.train.parallel import World
+
+TEXTS = {"text", "text_mask", "question", "answer"}          # what is made with a tokenizer
 
 
 class Stream(Protocol):
@@ -25,7 +29,7 @@ class Stream(Protocol):
 class Feeding(Protocol):
     """What `train_preset` asks of its data."""
     name: str
-    size: int
+    size: int | None                         # None: a stream, nobody knows
     tokenizer: Any
 
     def open(self, keep_tokenizer: Callable[..., Any], lent: Any) -> None:
@@ -44,20 +48,21 @@ class SourceFeeding:
 
     def __init__(self, preset: Preset, needs: Iterable[str], split: str = "train", workers: int | None = None):
         from polysense.data import source
+        from polysense.data.loader import check_needs
 
-        self.preset, self.workers, self.tokenizer = preset, workers, None
+        self.preset, self.needs, self.workers, self.tokenizer = preset, tuple(needs), workers, None
         self.source = source(preset.data, split=split)
-        self.name, self.size = self.source.name, len(self.source)
-        if not self.size:
+        self.name, self.size = self.source.name, len(self.source) if hasattr(self.source, "__len__") else None
+        self.keys = check_needs(self.needs, self.source.offers, preset.feed, self.name, True)
+        if self.size == 0:
             raise UserError(f"{preset.data} holds no samples", "look at the folder, or choose another split")
-        for need in needs:
-            if not any(k in self.source.offers for k in need.split("|")):
-                raise UserError(f"the system needs {need.replace('|', ' or ')}, which {self.name} does not offer",
-                                f"it offers {', '.join(self.source.offers)}; `polysense data list` shows what others do")
+        if self.size is not None and (largest := max(s.batch_size for s in preset.stages)) > self.size:
+            raise UserError(f"a batch of {largest} is larger than {self.name} with its {self.size} samples",
+                            f"set batch_size={self.size} or less, or add data")
 
     def open(self, keep_tokenizer: Callable[..., Any], lent: Any) -> None:
         plan = self.preset.feed.text
-        if plan is None:
+        if plan is None or not TEXTS.intersection(self.keys):
             return
         from polysense.data.tokenizer import load_tokenizer, make_tokenizer
 
@@ -75,15 +80,13 @@ class SourceFeeding:
     def stream(self, stage: Stage, seed: int, state: Any, world: World) -> Stream:
         from polysense.data.loader import Loader
 
-        if stage.batch_size > self.size:
-            raise UserError(f"a batch of {stage.batch_size} is larger than {self.name} with its {self.size} samples",
-                            f"set batch_size={self.size} or less, or add data")
         more = {} if self.workers is None else {"workers": self.workers}
-        return Loader(self.source, self.preset.feed, self.tokenizer, batch_size=stage.batch_size, seed=seed, train=True, rank=world.rank,
-                      world=world.size, state=state, **more)
+        self.loader = Loader(self.source, self.preset.feed, self.tokenizer, batch_size=stage.batch_size, seed=seed, train=True,
+                             rank=world.rank, world=world.size, state=state, needs=self.needs, **more)
+        return self.loader
 
     def names(self, rows: list[int]) -> list[str]:
-        return [self.source.id(i) for i in rows]
+        return self.loader.names(torch.tensor(rows))
 
 
 def vocabularies(config: Spec, path: str = "config") -> Iterator[tuple[str, int]]:

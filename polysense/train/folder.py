@@ -17,6 +17,7 @@ from polysense.base.spec import from_dict
 from polysense.base.system import System
 from polysense.train import checkpoint
 from polysense.train.parallel import World
+from polysense.weights.ours import renamed
 
 FORMAT = 1
 WEIGHTS, AVERAGED = "weights.safetensors", "weights_ema.safetensors"
@@ -151,7 +152,8 @@ def load_run(folder: str | Path, *, device: str | torch.device = "cpu", averaged
 
 
 def fill(system: torch.nn.Module, state: dict[str, torch.Tensor], where: str) -> None:
-    """Strict load; the first name that does not fit is named in a UserError."""
+    """Strict load, of names before later renames too; the first name that does not fit is named in a UserError."""
+    state = renamed(state)
     ours = system.state_dict()
     wrong = sorted(k for k in ours.keys() | state.keys() if k not in ours or k not in state or ours[k].shape != state[k].shape)
     if wrong:

@@ -1,4 +1,5 @@
 """One process or many: the only file that knows ranks. Started by torchrun, the ranks share each global batch and end with the same weights."""
+import gc
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -159,6 +160,7 @@ def world(device: str | None = None, kind: str = "ddp") -> Iterator[World]:
         yield World(place, kind)
     finally:
         if mine:
+            gc.collect()                     # wrapped models die before the group that they talk through
             dist.destroy_process_group()
 
 
@@ -184,6 +186,20 @@ def total_norm(tensors: list[Tensor]) -> Tensor:
     return square.sqrt()
 
 
+class SumOverRanks(torch.autograd.Function):
+    """Sum over ranks; the gradient of every rank's input is the sum of the gradients of all outputs."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return SumOverRanks.forward(ctx, grads[0].contiguous())
+
+
 class SyncNorm:
     """Mixed into a batch norm: statistics over the batches of all ranks, on any device (torch's SyncBatchNorm needs a GPU)."""
 
@@ -194,16 +210,14 @@ class SyncNorm:
         """[B, C, ...] -> the same shape; plain batch norm where the running statistics are used."""
         if not self.training and self.track_running_stats:
             return super().forward(input)  # type: ignore[misc]
-        from torch.distributed.nn.functional import all_reduce
-
         dims = [d for d in range(input.ndim) if d != 1]
         x, shape = input.float(), [1, -1] + [1] * (input.ndim - 2)
         count = x.new_full((1,), x.numel() / x.shape[1])
-        moments = all_reduce(torch.cat([x.sum(dims), count]))
+        moments = SumOverRanks.apply(torch.cat([x.sum(dims), count]))
         n = moments[-1].detach()
         mean = moments[:-1] / n
         centred = x - mean.view(shape)
-        variance = all_reduce(centred.square().sum(dims)) / n
+        variance = SumOverRanks.apply(centred.square().sum(dims)) / n
         if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
             assert self.num_batches_tracked is not None
             self.num_batches_tracked += 1

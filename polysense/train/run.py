@@ -88,6 +88,7 @@ def train_preset(id: str, preset: Preset, needs: Iterable[str], *, name: str = "
                 raise UserError(f"batch_size={stage.batch_size} of stage {i} cannot be shared by {here.size} ranks", "make it a multiple")
         if resume and out is None:
             raise UserError("a resumed run needs its folder", "say which one with --out")
+        feeding = feeding or SourceFeeding(preset, needs, split, workers)
         folder = Folder(here.leading(lambda: Path(out) if out else free_folder(id, name)))
         facts = {"system": id, "preset": name, "overrides": overrides or {}, "plan": preset.to_dict(), "seed": seed, "data": preset.data,
                  "split": split, "ranks": here.size}
@@ -100,7 +101,7 @@ def train_preset(id: str, preset: Preset, needs: Iterable[str], *, name: str = "
         for start in preset.starts:
             bases.append((yield from base_of(start, id, folder, depth, here, {"device": device, "parallel": parallel, "workers": workers})))
         sitting = Sitting(id, name, preset, tuple(needs), folder, seed, here, checkpoint_every, log_every, time_budget_s)
-        sitting.prepare(feeding or SourceFeeding(preset, needs, split, workers), bases)
+        sitting.prepare(feeding, bases)
         with Board(folder.path, sitting.step, here.first, wandb, facts) as sitting.board:
             yield from sitting.go()
 
@@ -170,6 +171,7 @@ class Sitting:
     def go(self) -> Iterator[Event]:
         """All stages that are left, then the weights."""
         begun, losses, training = time.monotonic(), dict[str, float](), None
+        self.rested = begun
         yield from self.note()
         for number, stage in enumerate(self.preset.stages):
             if self.found and self.found.facts["stage"] > number:

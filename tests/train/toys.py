@@ -7,6 +7,8 @@ from torch import nn
 
 from polysense.base.batch import Batch, Losses
 from polysense.base.system import After, Optim, Preset, Spec, Stage, System
+from polysense.objectives.contrastive import info_nce
+from polysense.objectives.spread import gather
 
 
 class Block(nn.Module):
@@ -40,12 +42,13 @@ class Toy(System):
     class Config(Spec):
         width: int = 8
         dropout: float = 0.0
+        noise: float = 0.5                   # dropout of the frozen part, which must never act while it is frozen
 
     def __init__(self, c: Config):
         super().__init__()
         self.vision, self.text = Tower(12, c.width, c.dropout), Tower(c.width, c.width, c.dropout)
         self.words = nn.Embedding(64, c.width)
-        self.frozen = nn.Sequential(nn.Linear(12, 12), nn.BatchNorm1d(12), nn.Dropout(0.5))
+        self.frozen = nn.Sequential(nn.Linear(12, 12), nn.BatchNorm1d(12), nn.Dropout(c.noise))
         self.log_scale = nn.Parameter(torch.tensor(1.0))
         self.register_buffer("queue", torch.zeros(4, c.width))
         self.register_buffer("seen", torch.zeros((), dtype=torch.long))
@@ -62,8 +65,12 @@ class Toy(System):
         got = self.embed(batch)
         return Losses(gap=(self.log_scale.exp() * got["image"] - got["text"]).square().sum(1).mean()).keeping(image=got["image"])
 
+    def compare_all(self, got: dict[str, torch.Tensor]) -> Losses:
+        """As `compare`, over the samples of all ranks."""
+        return Losses(contrast=info_nce(got["image"], got["text"], self.log_scale.exp())).keeping(image=got["image"])
+
     def after_step(self, after: After) -> None:
-        self.queue.copy_(torch.cat([after.keep["image"], self.queue])[:4])
+        self.queue.copy_(torch.cat([gather(after.keep["image"]), self.queue])[:4])
         self.seen += 1
 
 
