@@ -47,7 +47,8 @@ def _top(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback
 
 for name, command, panel in (
         ("list", systems.list_, LOOK), ("show", systems.show, LOOK),
-        ("train", learn.train, LEARN), ("prove", learn.prove, LEARN),
+        ("train", learn.train, LEARN), ("exam", learn.exam, LEARN), ("prove", learn.prove, LEARN),
+        ("report", learn.report, LEARN),
         ("index", use.index, USE), ("search", use.search, USE), ("label", use.label, USE), ("encode", use.encode, USE),
         ("convert", systems.convert, BUILD), ("new", systems.new, BUILD)):
     app.command(name, rich_help_panel=panel)(command)

@@ -58,11 +58,11 @@ def train(id: Id,
         from polysense.train.folder import read_facts
 
         before = read_facts(out)
-        seed = before["seed"] if seed is None else seed
         if before["system"] == id and not (preset or data or steps or changes):      # the folder knows its own plan
             events = train_preset(id, from_dict(before["plan"]), card.needs, name=before["preset"], overrides=before["overrides"],
-                                  split=before["split"], seed=seed, **options)
+                                  split=before["split"], seed=before["seed"] if seed is None else seed, **options)
             return draw(events, id, minutes, as_json)
+        seed = before["seed"] if seed is None else seed
     draw(run_of(id, preset or "tiny", data=data, steps=steps, overrides=changes, seed=seed or 0, **options), id, minutes, as_json)
 
 
@@ -109,6 +109,88 @@ def draw(events: Any, id: str, minutes: float | None, as_json: bool) -> None:
     terms = ", ".join(f"{k} {v:.4f}" for k, v in last.losses.items())
     say(f"{last.weights}: {last.step} steps, {last.samples:,} samples in {clock(last.seconds)}" + (f", last loss {terms}" if terms else ""))
     note(f"go on with: polysense index PHOTOS -m {last.folder}   polysense exam {last.folder} TASK --data DATA   polysense report {last.folder}")
+
+
+def exam(run: Run,
+         task: Annotated[str | None, typer.Argument(metavar="TASK", help="Which exam; leave it out to see what this run can sit.",
+                                                    show_default=False)] = None,
+         options: Annotated[list[str] | None, typer.Argument(metavar="[option=value]...", help="Of the exam: templates=imagenet k=5 seed=1",
+                                                             show_default=False)] = None,
+         data: Annotated[str | None, typer.Option(metavar="DATA", help="What to examine on: a set's name or a path.")] = None,
+         split: Annotated[str, typer.Option(metavar="SPLIT", help="The part it is examined on.")] = "val",
+         train_split: Annotated[str, typer.Option(metavar="SPLIT", help="The part that probes learn from.")] = "train",
+         system: System = None, layout: Layout = None, device: Device = None, as_json: Json = False) -> None:
+    """Examine a trained system: zero-shot classification, retrieval, probes. Every number comes with its 95 % interval.
+
+    The result is also kept in RUN/exams, where `polysense report` finds it.
+
+    \b
+    Examples
+      polysense exam runs/clip
+      polysense exam runs/clip retrieval --data natural_captions
+      polysense exam runs/clip zero_shot templates=imagenet --data cifar10 --json
+      polysense exam runs/vit linear_probe --data digits
+      polysense exam downloads/b32 zero_shot --data cifar10 --system clip --layout hf
+    """
+    import json
+
+    import polysense
+    from polysense.base.spec import parse_overrides
+    from polysense.cli.out import Bar, console, json_out, note, table
+    from polysense.tasks import EXAMS, exam_of, exams_for, take
+
+    chosen = exam_of(task) if task else None
+    if chosen and not data:
+        raise UserError("an exam needs data", f"say --data with something that offers {' and '.join(chosen.needs)} (polysense data list)")
+    pipeline = polysense.open(run, system=system, layout=layout, device=device)
+    if chosen is None:
+        able = exams_for(pipeline.system)
+        rows = [(e.name, "yes" if e.name in able else "no", " ".join(e.needs), e.says) for e in EXAMS.values()]
+        json_out([dict(zip(("exam", "can", "needs", "says"), r)) for r in rows]) if as_json else table(("exam", "can", "needs", "what it is"), rows)
+        return
+    from polysense.data import source
+
+    test = source(str(data), split)
+    train = source(str(data), train_split) if chosen.trains else None
+    with Bar("encoding", "pictures") as bar:
+        result = take(chosen.name, pipeline, test, train, **({"progress": bar} | parse_overrides(options or [])))
+    said = {**result.to_dict(), "split": test.split}
+    if (Path(run) / "run.json").is_file():
+        from polysense.app.files import place
+
+        name = "".join(c if c.isalnum() or c in "._-" else "_" for c in f"{chosen.name}-{data}-{test.split}")[-120:]
+        with place(Path(run) / "exams" / f"{name}.json") as beside:
+            beside.write_text(json.dumps(said, indent=1, default=str) + "\n", encoding="utf-8")
+    if as_json:
+        json_out(said)
+        return
+    console().print(result.table())
+    if skipped := result.notes.get("skipped"):
+        note(f"{len(skipped)} samples could not be read and were left out")
+
+
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+           out: Annotated[Path | None, typer.Option(metavar="FILE.html", help="The page to write.  [default: RUN/report.html]")] = None,
+           index: Annotated[Path | None, typer.Option(metavar="DIR", help="Indexed pictures to search and label for the report.")] = None,
+           query: Annotated[list[str] | None, typer.Option("--query", "-q", metavar="TEXT", help="A search to show; repeatable.")] = None,
+           labels: Annotated[Path | None, typer.Option(metavar="FILE", help="Labels, one a line, for some of the pictures.")] = None,
+           device: Device = None) -> None:
+    """Write a report of a run as one self-contained HTML page: curves, exams, searches with heat-maps, labels, how to go on.
+
+    \b
+    Examples
+      polysense report runs/clip
+      polysense report runs/clip --index PHOTOS -q "a dog on grass" -q "a red car" --labels labels.txt
+    """
+    from polysense.app.report import write_report
+    from polysense.cli.out import Bar, say
+
+    if query and index is None:
+        raise UserError("--query searches an index", "say which one with --index")
+    if labels and index is None:
+        raise UserError("--labels are given to indexed pictures", "say which index with --index")
+    with Bar("report", "parts") as bar:
+        say(str(write_report(run, out or run / "report.html", index=index, queries=query or (), labels=labels, device=device, progress=bar)))
 
 
 def prove(id: Id,

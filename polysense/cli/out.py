@@ -106,6 +106,7 @@ class Bar:
                                  TimeRemainingColumn(), TextColumn("{task.fields[extra]}", style="dim"), console=console(error=True))
             self.live.start()
             self.task = self.live.add_task(self.what, total=total, extra=extra)
+        assert self.task is not None
         self.live.update(self.task, completed=done, total=total, extra=extra)
 
     def note(self, text: str) -> None:

@@ -36,7 +36,7 @@ def describe(source: Source) -> dict[str, Any]:
     if words:
         out |= {"captions": f"{len(words) / max(1, len(captions)):.1f} a sample, {min(words)} to {max(words)} words (mean {np.mean(words):.1f})"}
     if labels or source.classes:
-        names = [source.classes[k] if 0 <= k < len(source.classes) else str(k) for k, _ in labels.most_common(8)]
+        names = [source.classes[k] if 0 <= k < len(source.classes) else str(k) for k, _ in labels.most_common(9) if k >= 0]
         out |= {"classes": len(source.classes) or len(labels), "frequent": names}
     if source.notes:
         out |= {"notes": [f"{name}: {reason}" for name, reason in list(source.notes)[:5]]}
@@ -127,8 +127,8 @@ def export(source: Source, out: Path, count: int | None = None, progress: Callab
             name = f"{stem}.jpg" if getattr(image, "format", None) == "JPEG" or stem_is_photo(image) else f"{stem}.png"
             if (out / name).exists():
                 name = f"{i:07d}_{name}"
-            picture({"image": image}).save(out / name, **({"quality": 95} if name.endswith(".jpg") else {}))
-            row = {"file_name": name} | {k: _plain(about[k]) for k in PLAIN if k in about}
+            picture({"image": image}).save(out / name, quality=95)      # PNG ignores it
+            row: dict[str, Any] = {"file_name": name} | {k: _plain(about[k]) for k in PLAIN if k in about}
             if "label" in row and 0 <= row["label"] < len(source.classes):
                 row["label"] = source.classes[row["label"]]
             lines.write(json.dumps(row, ensure_ascii=False) + "\n")

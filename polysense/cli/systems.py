@@ -143,16 +143,24 @@ def convert(source: Annotated[Path, typer.Argument(metavar="SRC", help="A publis
             target: Annotated[Path, typer.Argument(metavar="DST", help="Where to write: a run folder, or a checkpoint in the layout.")],
             system: Annotated[str, typer.Option("--system", metavar="ID", help="Which system the weights belong to.")],
             layout: Annotated[str, typer.Option("--layout", metavar="LAYOUT", help="Whose layout: hf, openai, open_clip, timm ...")],
-            check: Annotated[Path | None, typer.Option(metavar="REF", help="Compare what was written, tensor by tensor, with this file.")] = None,
-            ) -> None:
+            check: Annotated[Path | None, typer.Option(metavar="REF", help="A .safetensors file of inputs (image, text) and of the outputs "
+                                                       "(encode_image, encode_text) that the authors' code gave: compared first.")] = None,
+            as_json: Json = False) -> None:
     """Translate weights between a published layout and ours; the direction follows from what SRC is.
 
     \b
     Examples
       polysense convert downloads/clip-vit-base-patch32 runs/b32 --system clip --layout hf
       polysense convert runs/clip exported --system clip --layout open_clip
+      polysense convert ViT-B-32.pt runs/b32 --system clip --layout openai --check recorded.safetensors
     """
     from polysense.cli.converting import convert_weights
-    from polysense.cli.out import say
+    from polysense.cli.out import json_out, say
 
-    say(convert_weights(source, target, system, layout, check))
+    told = convert_weights(source, target, system, layout, check)
+    if as_json:
+        json_out(told)
+        return
+    checked = "" if told["largest_difference"] is None else f", outputs within {told['largest_difference']:.1g} of the reference"
+    way = "in" if told["direction"] == "export" else "from"
+    say(f"{told['to']}: {told['parameters']:,} parameters of {system} {way} the layout {layout}{checked}")
