@@ -7,19 +7,20 @@ import base64
 import html
 import io
 import os
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from polysense.app.files import place
 from polysense.app.photos import PhotoIndex
 from polysense.base.errors import UserError
 from polysense.data.images import ENDINGS, decode
-from polysense.pipeline import Explanation
+from polysense.pipeline import Explanation, overlay
 
 
 @dataclass(frozen=True)
@@ -88,21 +89,20 @@ def contact_sheet(hits: Sequence[Hit], query: str = "", *, columns: int = 5, sid
     top = line + 2 * gap if query or not hits else gap
     sheet = Image.new("RGB", (columns * (side + gap) + gap, top + rows * deep), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((gap, gap), _short(query if hits else f"{query}: nothing found", sheet.width // 6), "black", font)
+    draw.text((gap, gap), _short(query if hits else f"{query}: nothing found", font, sheet.width), "black", font)
     for i, hit in enumerate(hits):
         x, y = gap + i % columns * (side + gap), top + i // columns * deep
-        seen = [hit.why.image, hit.why.overlay()] if hit.why else [_thumbnail(hit.path, side)]
-        for picture in seen:
-            if isinstance(picture, str):
-                draw.text((x + 4, y + side // 2), _short(picture, side // 7), "grey", font)
-            else:
-                small = picture.copy()
-                small.thumbnail((side, side))
-                sheet.paste(small, (x + (side - small.width) // 2, y + (side - small.height) // 2))
-            y += side
+        seen = hit.why.image if hit.why else _thumbnail(hit.path, side)
+        if isinstance(seen, str):
+            draw.text((x + 4, y + side // 2), seen, "grey", font)
+        else:
+            large = ImageOps.contain(seen, (side, side), Image.Resampling.BICUBIC)
+            for i, picture in enumerate([large, overlay(large, hit.why.whole.map)] if hit.why else [large]):
+                sheet.paste(picture, (x + (side - large.width) // 2, y + i * side + (side - large.height) // 2))
+        y += deep - 2 * line - gap
         words = ", ".join(h.word for h in hit.why.words) if hit.why else ""
-        draw.text((x, y + 1), _short(f"{hit.rank}. {hit.score:.3f} {words}", side // 6), "black", font)
-        draw.text((x, y + 1 + line), _short(Path(hit.path).name, side // 6), "dimgrey", font)
+        draw.text((x, y + 1), _short(f"{hit.rank}. {hit.score:.3f} {words}", font, side), "black", font)
+        draw.text((x, y + 1 + line), _short(Path(hit.path).name, font, side), "dimgrey", font)
     return sheet
 
 
@@ -161,6 +161,9 @@ def _sayable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _short(text: str, most: int) -> str:
-    text = _sayable(text)
-    return text if len(text) <= most else text[:most - 1] + "…"
+def _short(text: str, font: Any, most: int) -> str:
+    """As much of a text as `most` pixels hold, on one line."""
+    text = " ".join(_sayable(text)[:most].split())
+    if font.getlength(text) <= most:
+        return text
+    return text[:bisect_right(range(len(text)), most, key=lambda n: font.getlength(text[:n] + "…")) - 1] + "…"
