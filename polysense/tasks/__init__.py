@@ -1,0 +1,83 @@
+"""Exams: what they ask of a system and of the data, and `take`, which sits one. Listing them imports no torch.
+
+`take("zero_shot", subject, test)`; `take("linear_probe", subject, test, train, seed=1)`. A subject is a `Subject` of base/protocols.py
+(a Pipeline is one); test and train are sources, or `Features` that `encode.encode_all_images` made of them, so that several exams share
+one pass of the images.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from inspect import signature
+from typing import TYPE_CHECKING, Any
+
+from polysense.base.errors import UserError
+from polysense.base.protocols import fulfils
+
+if TYPE_CHECKING:
+    from polysense.tasks.result import Result
+
+
+@dataclass(frozen=True)
+class Exam:
+    name: str
+    module: str
+    asks: tuple[str, ...]                    # capabilities of the system
+    needs: tuple[str, ...]                   # batch keys that the sources offer
+    trains: str                              # "" or what it learns from the training source
+    says: str
+
+
+EXAMS: dict[str, Exam] = {e.name: e for e in (
+    Exam("zero_shot", "polysense.tasks.zero_shot", ("encode_image", "encode_text"), ("image", "label"), "",
+         "classify pictures by the names of their classes, written into prompt templates"),
+    Exam("retrieval", "polysense.tasks.retrieval", ("encode_image", "encode_text"), ("image", "text"), "",
+         "find the captions of a picture among all captions, and the picture of a caption among all pictures"),
+    Exam("linear_probe", "polysense.tasks.linear_probe", ("encode_image",), ("image", "label"), "logistic regression",
+         "logistic regression on frozen features, its strength chosen on a validation split"),
+    Exam("knn_probe", "polysense.tasks.knn_probe", ("encode_image",), ("image", "label"), "nothing: the neighbours vote",
+         "let the nearest training pictures vote on the class"),
+    Exam("few_shot", "polysense.tasks.few_shot", ("encode_image",), ("image", "label"), "ridge regression",
+         "learn from 1, 5 or 10 pictures a class by ridge regression on frozen features"),
+)}
+
+
+def exams_for(system: Any) -> tuple[str, ...]:
+    """Names of the exams that a system has the capabilities for."""
+    return tuple(e.name for e in EXAMS.values() if all(fulfils(system, c) for c in e.asks))
+
+
+def exam_of(name: str) -> Exam:
+    """The exam of this name; an unknown one is refused with the list."""
+    if name not in EXAMS:
+        raise UserError(f"no exam {name!r}", f"the exams are {', '.join(EXAMS)}")
+    return EXAMS[name]
+
+
+def take(exam: str, subject: Any, test: Any, train: Any = None, **options: Any) -> Result:
+    """Sit one exam. Options are the keyword arguments of the exam's `run` (seed, templates, k ...).
+
+    Raises UserError where the system lacks a capability, the data lack labels or captions, training data are missing, or an option
+    is unknown.
+    """
+    asked = exam_of(exam)
+    missing = [c for c in asked.asks if not fulfils(subject.system, c)]
+    if missing:
+        able = exams_for(subject.system)
+        raise UserError(f"{exam} asks for {' and '.join(missing)}, which {type(subject.system).__name__} cannot",
+                        f"exams it can take: {', '.join(able)}" if able else "it can take none of the exams")
+    for role, data in (("test", test), ("training", train)):
+        if data is not None and (lacks := [k for k in asked.needs if k not in data.offers]):
+            raise UserError(f"{exam} needs {' and '.join(lacks)}, which the {role} data {data.name!r} do not offer",
+                            f"they offer {', '.join(data.offers)}")
+    if asked.trains and train is None:
+        raise UserError(f"{exam} needs training data as well", "give the training split of the same data")
+    from importlib import import_module
+
+    run = import_module(asked.module).run
+    known = [p.name for p in signature(run).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    if unknown := sorted(set(options) - set(known)):
+        raise UserError(f"{exam} has no option {unknown[0]!r}", f"it has {', '.join(known)}")
+    return run(subject, test, train, **options) if asked.trains else run(subject, test, **options)
+
+
+__all__ = ["EXAMS", "Exam", "exam_of", "exams_for", "take"]

@@ -43,16 +43,19 @@ def worker(rank: int, folder: str) -> None:
         part = slice(0, cut) if rank == 0 else slice(cut, n)
         with spread():
             assert world() == (rank, RANKS)
-            rows = run(part)
-            x = torch.arange(part.start, part.stop).float()[:, None].requires_grad_()
-            everyone = gather(x)
-            ((rank + 1) * everyone.square()).sum().backward()
-            at = places(x)
-        assert everyone.flatten().tolist() == list(range(n)) and at.start == part.start and at.total == n
-        torch.testing.assert_close(x.grad, 2 * 3 * x.detach())               # what both ranks (1 + 2) want of my rows
+            torch.save(run(part), Path(folder) / f"{case}{rank}.pt")
+            check_gather(rank, part, n)
         assert world() == (0, 1)
-        torch.save(rows, Path(folder) / f"{case}{rank}.pt")
+    dist.barrier()                                                           # nobody hangs up while the other still talks
     dist.destroy_process_group()
+
+
+def check_gather(rank: int, part: slice, n: int) -> None:
+    x = torch.arange(part.start, part.stop).float()[:, None].requires_grad_()
+    everyone, at = gather(x), places(x)
+    ((rank + 1) * everyone.square()).sum().backward()
+    assert everyone.flatten().tolist() == list(range(n)) and at.start == part.start and at.total == n
+    torch.testing.assert_close(x.grad, 2 * 3 * x.detach())                   # what both ranks (1 + 2) want of my rows
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,76 @@
+"""Image-text retrieval: R@1, R@5, R@10 and median rank, both ways, with any number of captions a picture.
+
+A picture is found by a caption when it ranks high among all pictures; for a picture the best placed of its own captions counts, and its
+other captions stand in nobody's way (Karpathy & Fei-Fei 2015). Ties count half: a system that finds everything alike earns the middle.
+"""
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from polysense.base.errors import UserError
+from polysense.tasks.encode import Progress, encode_all_images, encode_all_texts, name_of
+from polysense.tasks.result import Metric, Result, grouped_mean_of, grouped_median_of, metric
+
+AT = (1, 5, 10)
+
+
+def run(subject: Any, test: Any, *, seed: int = 0, batch_size: int = 64, progress: Progress | None = None) -> Result:
+    """The mean of the six recalls comes first. Intervals draw whole pictures, with all their captions."""
+    seen = encode_all_images(subject, test, progress, batch_size=batch_size)
+    has = [i for i, said in enumerate(seen.captions) if said]
+    if not has:
+        raise UserError(f"no sample of {seen.name!r} has a caption", "use data with captions")
+    owner = np.array([k for k, i in enumerate(has) for _ in seen.captions[i]])
+    texts = encode_all_texts(subject, [c for i in has for c in seen.captions[i]])
+    to_text, to_image = ranks(seen.features[has], texts, owner)
+    n, pictures = len(has), np.arange(len(has))
+    ways = {"image_to_text": (to_text, pictures, chance_of_best(np.bincount(owner), len(owner))),
+            "text_to_image": (to_image, owner, {k: min(1.0, k / n) for k in AT})}
+    metrics: dict[str, Metric] = {}
+    for way, (rank, group, chance) in ways.items():
+        for k in AT:
+            metrics[f"{way}_r{k}"] = metric(grouped_mean_of((rank <= k).astype(float), group, n), n, chance=chance[k], seed=seed)
+        metrics[f"{way}_median_rank"] = metric(grouped_median_of(rank, group), n, seed=seed)
+    hits = [(rank <= k).astype(float) for rank, _, _ in ways.values() for k in AT]
+    groups = [group for _, group, _ in ways.values() for _ in AT]
+    parts = [grouped_mean_of(h, g, n) for h, g in zip(hits, groups, strict=True)]
+    guess = float(np.mean([chance[k] for _, _, chance in ways.values() for k in AT]))
+    mean = metric(lambda w: np.mean([p(w) for p in parts], 0), n, chance=guess, seed=seed)
+    notes = {**seen.notes(), "captions": len(owner), "pictures_without_caption": len(seen) - n}
+    return Result("retrieval", name_of(subject), seen.name, n, {"mean_recall": mean, **metrics}, notes=notes)
+
+
+def ranks(images: Tensor, texts: Tensor, owner: np.ndarray, block: int = 512) -> tuple[np.ndarray, np.ndarray]:
+    """(rank of each picture's best caption [n], rank of each caption's picture [m]); caption j belongs to picture owner[j].
+
+    1 is best; equal others count half. Only `block` rows of the similarities exist at a time.
+    """
+    own = torch.from_numpy(owner)
+    to_text = np.empty(len(images))
+    for s in range(0, len(images), block):
+        similar = images[s:s + block] @ texts.T
+        mine = own[None] == torch.arange(s, s + len(similar))[:, None]
+        best = similar.masked_fill(~mine, -torch.inf).amax(1, keepdim=True)
+        others = ~mine
+        to_text[s:s + block] = _rank(similar, best, others)
+    to_image = np.empty(len(texts))
+    for s in range(0, len(texts), block):
+        similar = texts[s:s + block] @ images.T
+        mine = own[s:s + block, None]
+        others = torch.ones_like(similar, dtype=torch.bool).scatter_(1, mine, False)
+        to_image[s:s + block] = _rank(similar, similar.gather(1, mine), others)
+    return to_text, to_image
+
+
+def _rank(similar: Tensor, own: Tensor, others: Tensor) -> np.ndarray:
+    return (1 + ((similar > own) & others).sum(1) + ((similar == own) & others).sum(1) / 2).numpy()
+
+
+def chance_of_best(captions: np.ndarray, m: int) -> dict[int, float]:
+    """For k in AT, the chance that at least one of a picture's captions [n] is among k drawn from all m without replacement, mean over
+    pictures: 1 - C(m - c, k) / C(m, k)."""
+    miss = lambda c, k: float(np.prod([max(0.0, m - c - i) / (m - i) for i in range(min(k, m))]))
+    values, times = np.unique(captions, return_counts=True)
+    return {k: 1 - sum(t * miss(c, k) for c, t in zip(values, times, strict=True)) / len(captions) for k in AT}
