@@ -22,8 +22,9 @@ class Rename:
 RENAMES: tuple[Rename, ...] = ()
 
 
-def renamed(state: dict[str, Tensor], renames: tuple[Rename, ...] = RENAMES) -> dict[str, Tensor]:
-    """Our state under today's names. Raises UserError where an old and a new name meet."""
+def renamed(state: dict[str, Tensor], renames: tuple[Rename, ...] | None = None) -> dict[str, Tensor]:
+    """Our state under today's names (`renames` None: RENAMES). Raises UserError where an old and a new name meet."""
+    renames = RENAMES if renames is None else renames
     out: dict[str, Tensor] = {}
     for key, value in state.items():
         name = key

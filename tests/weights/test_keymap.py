@@ -144,3 +144,12 @@ def test_our_own_renames_apply_in_the_order_of_their_dates():
         renamed({**old, "blocks.0.mlp.up.weight": R(2)}, lines)
     assert renamed(old) == old and list(RENAMES) == sorted(RENAMES, key=lambda r: r.date)
     assert rename("a.3.b", "a.{i}.b", "c.{i+1}") == "c.4" and rename("a.x.b", "a.{i}.b", "c") == "a.x.b"
+
+
+def test_a_run_saved_before_a_rename_still_opens(monkeypatch):
+    from polysense.train.folder import fill
+    monkeypatch.setattr("polysense.weights.ours.RENAMES", (Rename("2026-01-01", "fc.{tail}", "up.{tail}"),))
+    old = {k.replace("up.", "fc."): torch.full_like(v, 3) for k, v in Toy().state_dict().items()}
+    toy = Toy()
+    fill(toy, old, "weights.safetensors")
+    assert (toy.up.weight == 3).all() and "fc.weight" in old
