@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -191,13 +191,14 @@ def load_tensors(found: Found, like: dict[str, Tensor], world: World) -> dict[st
         return load_file(found.path / TENSORS)
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint import load as read_sharded
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    sizes = {k: v for k, v in FileSystemReader(found.path).read_metadata().state_dict_metadata.items() if hasattr(v, "size")}
+    sizes = {k: v for k, v in FileSystemReader(found.path).read_metadata().state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
     out: dict[str, Tensor] = {}
     for key, about in sizes.items():
         twin = like.get(key, next((v for k, v in like.items() if k.startswith("model.") and key.endswith("." + k.removeprefix("model."))), None))
-        same = twin is not None and twin.shape == about.size
-        out[key] = torch.empty_like(twin) if same else torch.empty(about.size, dtype=about.properties.dtype)
+        fits = twin is not None and twin.shape == about.size
+        out[key] = torch.empty_like(twin) if fits and twin is not None else torch.empty(about.size, dtype=about.properties.dtype)
     read_sharded(out, checkpoint_id=found.path, no_dist=world.size == 1)
     return out
 
@@ -225,7 +226,7 @@ def restore_random_states(found: Found, world: World) -> None:
 
 def random_states() -> dict[str, Any]:
     """States of Python's, NumPy's and torch's generators, JSON-ready."""
-    kind, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002  (augmentations of others may use the global one)
+    kind, keys, *rest = cast(tuple[Any, ...], np.random.get_state(legacy=True))  # noqa: NPY002  (augmentations of others may use the global one)
     version, numbers, gauss = random.getstate()
     out = {"python": [version, list(numbers), gauss], "numpy": [kind, pack(torch.from_numpy(keys.view(np.uint8))), *rest],
            "torch": pack(torch.get_rng_state())}

@@ -17,7 +17,8 @@ TEXTS = {"text", "text_mask", "question", "answer"}          # what is made with
 
 class Stream(Protocol):
     """Endless batches with a position. `skipped`: samples that could not be read, as (id, reason) pairs."""
-    skipped: list[tuple[str, str]]
+    @property
+    def skipped(self) -> list[tuple[str, str]]: ...
 
     def __iter__(self) -> Iterator[Batch]: ...
 

@@ -126,9 +126,9 @@ def load_run(folder: str | Path, *, device: str | torch.device = "cpu", averaged
     """
     path = Path(folder)
     facts = read_facts(path)
-    preset = preset or from_dict(facts["plan"])
+    plan: Preset = preset or from_dict(facts["plan"])
     with torch.random.fork_rng(devices=[]):
-        system = preset.config.build()
+        system = plan.config.build()
     file = path / (AVERAGED if averaged else WEIGHTS)
     if (path / WEIGHTS).is_file():
         if not file.is_file():
@@ -138,17 +138,17 @@ def load_run(folder: str | Path, *, device: str | torch.device = "cpu", averaged
         found = checkpoint.latest(path / "checkpoints", warnings.warn)
         if found is None:
             raise UserError(f"{path} holds no weights yet", f"let it train on: polysense train {facts['system']} --out {path} --resume")
-        warnings.warn(f"{path} is not finished: opened at step {found.step} of {sum(s.steps for s in preset.stages)}", stacklevel=2)
+        warnings.warn(f"{path} is not finished: opened at step {found.step} of {sum(s.steps for s in plan.stages)}", stacklevel=2)
         rest = checkpoint.load_model(found, system, World())
         if averaged:
             average = {k.removeprefix("ema."): v for k, v in rest.items() if k.startswith("ema.")}
             fill(system, {**system.state_dict(), **average}, str(found.path))
     tokenizer = None
-    if preset.feed.text and (path / "tokenizer").is_dir():
+    if plan.feed.text and (path / "tokenizer").is_dir():
         from polysense.data.tokenizer import load_tokenizer
 
-        tokenizer = load_tokenizer(path / "tokenizer", preset.feed.text)
-    return Run(facts["system"], preset, system.to(device).eval(), tokenizer, path, facts)
+        tokenizer = load_tokenizer(path / "tokenizer", plan.feed.text)
+    return Run(facts["system"], plan, system.to(device).eval(), tokenizer, path, facts)
 
 
 def fill(system: torch.nn.Module, state: dict[str, torch.Tensor], where: str) -> None:

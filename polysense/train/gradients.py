@@ -97,7 +97,7 @@ def cached(model: nn.Module, stage: Stage, parts: list[Batch], autocast: Autocas
         for i, (part, before) in enumerate(zip(parts, states)):
             restore_random_state(before, device)
             again, _ = model(stage.embed, part)
-            pulled = [(v, leaves[k].grad.split(rows)[i]) for k, v in again.items() if v.requires_grad and leaves[k].grad is not None]
+            pulled = [(v, g.split(rows)[i]) for k, v in again.items() if v.requires_grad and (g := leaves[k].grad) is not None]
             with autocast(False):
                 torch.autograd.backward([v for v, _ in pulled], [g for _, g in pulled])
     restore_random_state(state, device)

@@ -1,6 +1,6 @@
 """Optimisers and their parameter groups: weight decay where it belongs, learning rates that fall along the depth of a tower."""
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatch
 from typing import Any
 
@@ -95,7 +95,7 @@ def make_optimizer(system: nn.Module, optim: Optim, chosen: Callable[[str], bool
     raise UserError(f"no optimiser {optim.name!r}", f"the optimisers are {', '.join(NAMES)}")
 
 
-def trust(weights: list[Tensor], updates: list[Tensor], coefficient: float) -> list[Tensor]:
+def trust(weights: Sequence[Tensor], updates: Sequence[Tensor], coefficient: float) -> list[Tensor]:
     """coefficient * |w| / |u| of each pair, and 1 where one of the two is zero."""
     pairs = zip(torch._foreach_norm(weights), torch._foreach_norm(updates))
     return [torch.where((w > 0) & (u > 0), coefficient * w / u, torch.ones_like(w)) for w, u in pairs]
@@ -104,7 +104,7 @@ def trust(weights: list[Tensor], updates: list[Tensor], coefficient: float) -> l
 class Scaled(Optimizer):
     """What LARS and LAMB share: all tensors of a group go through one sequence of multi-tensor kernels."""
 
-    def update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+    def update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> Sequence[Tensor]:
         """The update before the learning rate, trust ratio included."""
         raise TypeError(f"{type(self).__name__} must say its update")
 
@@ -155,7 +155,7 @@ class LAMB(Scaled):
     def __init__(self, params: Any, *, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-6, weight_decay: float = 0.0):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "adapt": True})
 
-    def update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+    def update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> Sequence[Tensor]:
         (one, two), mean, square = group["betas"], self.held(params, "exp_avg"), self.held(params, "exp_avg_sq")
         done = [self.state[p].setdefault("step", torch.zeros((), dtype=torch.float32)) for p in params]
         torch._foreach_add_(done, 1.0)

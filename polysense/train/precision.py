@@ -1,12 +1,13 @@
 """Which number format a stage computes in: bf16 autocast where the hardware multiplies bf16 matrices, else fp32."""
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 
 from polysense.base.errors import UserError
 
-Autocast = Callable[[bool], AbstractContextManager[None]]
+Autocast = Callable[[bool], AbstractContextManager[Any]]
 
 
 def has_bf16(device: torch.device) -> bool:

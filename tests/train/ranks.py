@@ -10,7 +10,7 @@ from polysense.base.errors import UserError
 from polysense.train.parallel import world
 from polysense.train.run import Saved, Stepped, train_preset
 
-NORMED = (*TRAINABLE, "frozen.*")
+NORMED = (*TRAINABLE, "frozen.0.weight", "frozen.1.*")        # not frozen.0.bias: batch norm takes its gradient away but for noise
 WAYS = {
     "plain": ("ddp", stage_of(objective=Toy.compare_all, clip=0.5, ema=0.9)),
     "cached": ("ddp", stage_of(objective=Toy.compare_all, chunk=2, clip=0.5, ema=0.9)),

@@ -14,9 +14,11 @@ from safetensors.torch import load_file
 from train.child import plan
 from train.toys import Toy, ToyFeeding, ToyStream, preset_of, stage_of, toy
 
+from polysense.base.card import Card
 from polysense.base.errors import UserError
 from polysense.base.plan import Start
 from polysense.train import checkpoint, starts
+from polysense.train import run as run_module
 from polysense.train.fit import Diverged
 from polysense.train.folder import Run
 from polysense.train.run import Finished, Noted, Saved, Started, Stepped, load_run, override, shortened, train_preset
@@ -272,3 +274,50 @@ def test_a_start_carries_weights_over_and_names_what_does_not_fit(tmp_path):
         starts.carry(Start(into="text.norm", from_="toy", take="text"), run, toy())
     starts.carry(Start(into="", from_="toy"), run, system := toy(seed=9))
     assert torch.equal(system.queue, run.system.queue)
+
+
+@pytest.fixture
+def shelf(tmp_path, monkeypatch):
+    """A catalogue of toys: name -> preset, and a cache of its own."""
+    presets = {}
+    monkeypatch.setenv("POLYSENSE_CACHE", str(tmp_path / "cache"))
+    for module in (run_module, starts):
+        monkeypatch.setattr(module, "preset_of", lambda name, preset="tiny": presets[name])
+    monkeypatch.setattr(run_module, "card_of", lambda name: Card(name=name, paper="", year=2026, says="", needs=NEEDS))
+    monkeypatch.setattr(run_module, "SourceFeeding", lambda *a, **k: ToyFeeding())
+    monkeypatch.setattr(run_module, "load_run", lambda place: load_run(place, preset=presets[place.name.split("-")[0]]))
+    return presets
+
+
+def test_a_preset_that_stands_on_others_trains_each_once(tmp_path, shelf, monkeypatch):
+    refreshed = []
+    monkeypatch.setattr(Toy, "after_start", lambda self: refreshed.append(self.vision.patch.weight.detach().clone()))
+    shelf["base"] = preset_of(stage_of(steps=3))
+    shelf["middle"] = preset_of(stage_of(steps=2)).but(starts=(Start(into="", from_="base"),))
+    top = preset_of(stage_of(trainable=("text.*",), steps=2)).but(starts=(Start(into="vision", from_="middle", take="vision"),))
+    events = go(tmp_path / "one", top)
+    assert [e.id for e in events if isinstance(e, Finished)] == ["base", "middle", "toy"]
+    assert [e.text.split(",")[0] for e in events if isinstance(e, Noted)] == ["toy stands on middle (tiny)", "middle stands on base (tiny)"]
+    [kept] = [p for p in (tmp_path / "cache" / "runs").iterdir() if p.name.startswith("middle")]
+    theirs, ours = load_file(kept / "weights.safetensors"), load_file(tmp_path / "one" / "weights.safetensors")
+    assert all(torch.equal(v, theirs[k]) for k, v in ours.items() if k.startswith("vision.")), "the frozen tower is the start's, byte for byte"
+    assert torch.equal(refreshed[-1], theirs["vision.patch.weight"]), "copies are taken after the weights are in"
+    events = go(tmp_path / "two", top)
+    assert [e.id for e in events if isinstance(e, Finished)] == ["toy"] and same(tmp_path / "one", tmp_path / "two")
+    shelf["base"] = preset_of(stage_of(steps=4))
+    assert [e.id for e in go(tmp_path / "three", top) if isinstance(e, Finished)] == ["base", "middle", "toy"], "another base, another key"
+
+
+def test_a_start_that_was_killed_goes_on_where_it_was(tmp_path, shelf):
+    shelf["base"] = preset_of(stage_of(steps=6))
+    top = preset_of().but(starts=(Start(into="", from_="base"),))
+    for event in train_preset("toy", top, NEEDS, out=tmp_path / "run", feeding=ToyFeeding(), device="cpu"):
+        if isinstance(event, Stepped) and event.step == 3:
+            break
+    assert isinstance(go(tmp_path / "run", top, resume=True)[-1], Finished)
+
+
+def test_a_chain_of_starts_has_an_end(tmp_path, shelf):
+    shelf["loop"] = preset_of().but(starts=(Start(into="", from_="loop"),))
+    with pytest.raises(UserError, match="more than 3 others"):
+        go(tmp_path / "run", shelf["loop"])
