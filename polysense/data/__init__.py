@@ -41,8 +41,8 @@ def source(name_or_path: str | Path, split: str = "train", root: str | Path | No
     Splits: those the data has; "val", "dev" and "test" stand for each other where there is only one; data without splits hold out
     a fixed tenth as "val" ("all" is everything). Raises UserError.
     """
-    text = str(name_or_path)
-    parts = [text] if Path(text).exists() else [p for p in text.split("+") if p]
+    text = str(name_or_path).strip()
+    parts = [text] if text and Path(text).exists() else [p for p in text.split("+") if p]
     if not parts:
         raise UserError("no data named", "give a name or a path; `polysense data list` shows the names")
     made = [_one(part.strip(), split, root) for part in parts]
@@ -62,7 +62,7 @@ def _one(text: str, split: str, root: str | Path | None) -> Any:
     if name.partition(":")[0] == "scenes":
         from polysense.data.scenes import scenes_source
 
-        return scenes_source(name, split)
+        return scenes_source(text, split)
     from polysense.data.user import user_source
 
     return user_source(name, split, options)
@@ -72,9 +72,9 @@ def split_options(text: str) -> tuple[str, dict[str, str]]:
     """`data.csv?image=path&caption=title` -> ("data.csv", {"image": "path", "caption": "title"}). Addresses keep their own query."""
     from urllib.parse import unquote
 
-    if "://" in text:
+    name, _, query = text.rpartition("?")
+    if "://" in text or "=" not in query or not name:      # a question mark may also stand in a file pattern
         return text, {}
-    name, _, query = text.partition("?")
     pairs = [p.partition("=") for p in query.split("&") if p]
     if bad := [k for k, eq, _ in pairs if not eq]:
         raise UserError(f"cannot read the option {bad[0]!r} in {text!r}", "options look like data.csv?image=path&caption=title")
@@ -84,6 +84,8 @@ def split_options(text: str) -> tuple[str, dict[str, str]]:
 def list_sources(root: str | Path | None = None) -> list[SourceInfo]:
     """All named sets, with what they offer and whether they are here."""
     from polysense.data.named import NAMED
+    from polysense.data.scenes.options import VARIANTS
+    from polysense.data.scenes.world import SPLITS
     from polysense.data.sources import offered
 
     out, place = [], data_root(root)
@@ -94,4 +96,6 @@ def list_sources(root: str | Path | None = None) -> list[SourceInfo]:
         size = sum((folder / f).stat().st_size for f in files) if here and files else (0 if not files else None)
         splits = tuple(e.splits) if e.splits else ("train", "val", "all")
         out.append(SourceInfo(name, e.kind, offered(e.offers), splits, size, str(folder) if files else "built in", e.says))
+    for variant, v in VARIANTS.items():
+        out.append(SourceInfo(f"scenes:{variant}".rstrip(":"), "drawn", offered(v.offers), SPLITS, 0, "built in", v.says))
     return out

@@ -68,10 +68,10 @@ def check_needs(needs: Iterable[str], offers: Iterable[str], feed: Feed | None =
 
 
 def _who_offers(options: Sequence[str]) -> str:
-    from polysense.data.named import NAMED, offers_of
+    from polysense.data import list_sources
 
-    found = [n for n in NAMED if any(k in offers_of(n) for k in options)]
-    return f"sources that do: {', '.join(found[:8])}; `scenes` offers most keys" if found else "`scenes` may: see `polysense data list`"
+    found = [s.name for s in list_sources() if any(k in s.offers for k in options)]
+    return f"sources that do: {', '.join(found[:8])}{', ...' if len(found) > 8 else ''}" if found else "no named source does: bring your own"
 
 
 class Maker:

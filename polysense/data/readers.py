@@ -124,7 +124,7 @@ def read_sound(data: bytes, rate: int | None = None) -> np.ndarray:
     wave, found = soundfile.read(BytesIO(data), dtype="float32", always_2d=True)
     if rate and found != rate:
         raise ValueError(f"{found} samples a second, not {rate}")
-    return wave.mean(1)
+    return wave.mean(1).clip(-1, 1)                     # lossy codecs overshoot
 
 
 def read_movie(data: bytes, most: int = 512) -> np.ndarray:

@@ -6,7 +6,6 @@ such pairs), `audio` float32 [S] in [-1,1], `video` uint8 [T,H,W,3], `edited` an
 """
 from __future__ import annotations
 
-import gzip
 import hashlib
 import os
 import tarfile
@@ -256,6 +255,25 @@ def held_out(source: Source, split: str, share: float = 0.1) -> Source:
     return Subset(source, rows, "train" if split == "train" else "val")
 
 
+def unpacked(path: str) -> tuple[bytes, str]:
+    """The content of a .gz as far as it can be read, and what is wrong with the rest ("" if nothing is)."""
+    parts, why = [], ""
+    with open(path, "rb") as file:
+        engine = zlib.decompressobj(31)
+        while packed := file.read(1 << 20):
+            while packed and not why:
+                try:
+                    parts.append(engine.decompress(packed))
+                except zlib.error as error:
+                    why = f"the archive breaks off ({error})"
+                packed = engine.unused_data
+                if engine.eof:                           # another member may follow
+                    engine = zlib.decompressobj(31) if packed else engine
+                else:
+                    packed = b""
+    return b"".join(parts), why or ("" if engine.eof else "the archive breaks off")
+
+
 class Blob:
     """Random access to one file, safe in threads and after fork; a .gz is unpacked once into memory."""
 
@@ -277,14 +295,7 @@ class Blob:
             return None
         with self._lock:
             if self._bytes is None:
-                parts = []
-                try:
-                    with gzip.open(self.path) as file:
-                        while part := file.read(1 << 20):
-                            parts.append(part)
-                except (EOFError, OSError, zlib.error) as error:
-                    self.damage = f"the archive breaks off ({error})"
-                self._bytes = b"".join(parts)
+                self._bytes, self.damage = unpacked(self.path)
         return self._bytes
 
     def read(self, offset: int, size: int) -> bytes:

@@ -190,20 +190,25 @@ def make_tokenizer(plan: TextPlan, captions: Iterable[str]) -> Tokenizer:
 
 
 def _alphabet(counts: dict[str, int], room: int, bpe: bool) -> list[str]:
-    """Single letters, plain and as marked at the edge (bpe) or inside (wordpiece) of words; the rarest are left out where room is short."""
+    """Single letters, plain and as marked at the edge (bpe) or inside (wordpiece) of words; the rarest are left out where room is short.
+
+    Marked forms that no caption has are added while half of the room is free, so that new words made of known letters can be written.
+    """
     seen: Counter[str] = Counter()
-    marked: dict[str, str] = {}
+    met: set[str] = set()
     for word, n in counts.items():
         for c in word:
             seen[c] += n
-        for c in word[-1:] if bpe else word[1:]:
-            marked[c] = c + "</w>" if bpe else "##" + c
+        met.update(word[-1:] if bpe else word[1:])
+    mark = (lambda c: c + "</w>") if bpe else (lambda c: "##" + c)
     pieces: list[str] = []
-    for c in sorted(seen, key=lambda c: (-seen[c], c)):
-        more = [c, marked[c]] if c in marked else [c]
+    known = sorted(seen, key=lambda c: (-seen[c], c))
+    for c in known:
+        more = [c, mark(c)] if c in met else [c]
         if len(pieces) + len(more) <= room:
             pieces += more
-    return sorted(pieces)
+    more = [mark(c) for c in known if c in set(pieces) and c not in met]
+    return sorted(pieces + more[:max(0, room // 2 - len(pieces))])
 
 
 def _pairs(merges: list[Any]) -> list[tuple[str, str]]:
