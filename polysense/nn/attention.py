@@ -98,7 +98,7 @@ class Attention(Part):
         seen = x if source is None else lowered(source)
         q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k, v = (f(seen).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2) for f in (self.k, self.v))
-        if self.norm_q is not None:
+        if self.norm_q is not None and self.norm_k is not None:
             q, k = self.norm_q(q), self.norm_k(k)
         if self.rope is not None:
             start = cache.length if cache is not None else 0

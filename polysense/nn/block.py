@@ -66,7 +66,7 @@ class PreNorm(_Block):
             x = query + self._branch(self.attn(self.norm1(query), self.norm1(x), mask=mask), self.scale1)
         else:
             x = x + self._branch(self.attn(self.norm1(x), mask=mask, causal=causal, cache=cache, position=position), self.scale1)
-        if self.cross is not None and source is not None:
+        if self.cross is not None and self.norm_cross is not None and source is not None:
             x = x + self._branch(self.cross(self.norm_cross(x), source, mask=source_mask))
         return x + self._branch(self.mlp(self.norm2(x)), self.scale2)
 
@@ -89,6 +89,6 @@ class PostNorm(_Block):
             x = self.norm1(query + self._branch(self.attn(query, x, mask=mask), self.scale1))
         else:
             x = self.norm1(x + self._branch(self.attn(x, mask=mask, causal=causal, cache=cache, position=position), self.scale1))
-        if self.cross is not None and source is not None:
+        if self.cross is not None and self.norm_cross is not None and source is not None:
             x = self.norm_cross(x + self._branch(self.cross(x, source, mask=source_mask)))
         return self.norm2(x + self._branch(self.mlp(x), self.scale2))

@@ -37,7 +37,7 @@ class StandardisedConv(Conv):
         super().__init__(c)
         self.eps = c.eps
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         weight = F.layer_norm(self.weight, self.weight.shape[1:], eps=self.eps)      # a filter is a row: mean and variance over the fan in
         return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
 

@@ -1,5 +1,6 @@
 """What stands between a tower's pooled feature and the objective."""
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +89,7 @@ class Projector(Part):
 
     def __init__(self, c: Config):
         super().__init__()
-        self.layers = nn.ModuleList()
+        self.layers: Any = nn.ModuleList()
         for i, (a, b) in enumerate(zip(c.widths[:-1], c.widths[1:], strict=True)):
             last = i == len(c.widths) - 2
             layer = nn.Module()

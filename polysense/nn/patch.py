@@ -16,7 +16,7 @@ class Patches(nn.Conv2d):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, image: Tensor) -> Tensor:  # type: ignore[override]
         check_image(image, self.in_channels)
         p, (b, c, h, w) = self.kernel_size[0], image.shape
         if h % p or w % p:

@@ -1,5 +1,6 @@
 """A stack of blocks: the body of every transformer tower. Shapes: B batch, T tokens, S source tokens, D width."""
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ class Transformer(Part):
         if len(kinds) != c.depth:
             raise UserError(f"{len(kinds)} blocks for a depth of {c.depth}", "give one block for all, or one for each")
         rates = [c.drop_path * i / max(1, c.depth - 1) for i in range(c.depth)]
-        self.blocks = nn.ModuleList(build(b, width=c.width, heads=c.heads, drop_path=r) for b, r in zip(kinds, rates, strict=True))
+        self.blocks: Any = nn.ModuleList(build(b, width=c.width, heads=c.heads, drop_path=r) for b, r in zip(kinds, rates, strict=True))
         self.norm = build(c.norm, width=c.width) if c.norm is not None else nn.Identity()
         c.init.build()(self)
 

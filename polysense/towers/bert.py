@@ -55,6 +55,6 @@ class Bert(Tower):
         x = self.body(x, mask=mask, at=torch.zeros(len(x), dtype=torch.long, device=x.device) if short else None)
         return Encoded(tokens=x, pooled=x[:, 0] if self.pooler is None else self.pooler(x[:, 0]), mask=None if short else mask)
 
-    def pooled(self, text: Tensor) -> Tensor:
+    def pooled(self, text: Tensor, /) -> Tensor:
         """text [B,L] -> `self(text).pooled` [B,D], the same numbers for less."""
         return self(text, short=True).pooled

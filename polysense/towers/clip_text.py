@@ -50,7 +50,7 @@ class ClipText(Tower):
         mask = torch.arange(text.shape[1], device=text.device) <= last[:, None]
         return Encoded(tokens=x, pooled=x[torch.arange(len(x), device=x.device), last], mask=mask)
 
-    def pooled(self, text: Tensor) -> Tensor:
+    def pooled(self, text: Tensor, /) -> Tensor:
         """text [B,L] -> `self(text).pooled` [B,D], the same numbers for less."""
         return self(text, short=True).pooled
 

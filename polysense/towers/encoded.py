@@ -16,6 +16,6 @@ class Encoded(NamedTuple):
 class Tower(Part):
     """The base of the towers: forward returns an Encoded."""
 
-    def pooled(self, given: Tensor) -> Tensor:
+    def pooled(self, given: Tensor, /) -> Tensor:
         """`self(given).pooled` [B,D]. Towers that read one token skip what only the other tokens of the last block would need."""
         return self(given).pooled

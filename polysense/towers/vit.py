@@ -49,7 +49,8 @@ class ViT(Tower):
         stride, channels = (1, c.channels) if c.stem is None else (c.stem.stride, c.stem.width)  # type: ignore[attr-defined]
         if c.image_size % (c.patch * stride):
             raise UserError(f"image_size={c.image_size} does not divide into patches of {c.patch * stride}", "choose a multiple")
-        self.grid = (c.image_size // (c.patch * stride),) * 2
+        side = c.image_size // (c.patch * stride)
+        self.grid = (side, side)
         width, std = c.width, c.width ** -0.5 if c.std is None else c.std
         self.patch = Patches(channels, width, c.patch, bias="patch" in c.patch_bias)
         self.cls = nn.Parameter(torch.randn(1, c.prefix, width) * std) if c.prefix else None
@@ -80,7 +81,7 @@ class ViT(Tower):
         x = self.body(x, at=torch.zeros(len(x), dtype=torch.long, device=x.device) if short and self.pool == "cls" else None)
         return Encoded(tokens=x, pooled=self._pool(x))
 
-    def pooled(self, image: Tensor) -> Tensor:
+    def pooled(self, image: Tensor, /) -> Tensor:
         """image [B,C,H,W] -> `self(image).pooled` [B,D], the same numbers for less."""
         return self(image, short=True).pooled
 
