@@ -102,7 +102,7 @@ class Loader:
         return recent_names(self._recent, self.source, index)
 
     def __iter__(self) -> Iterator[Batch]:
-        made = self._in_processes() if self.workers else _ahead(self._here(), self.prefetch) if self.prefetch else self._here()
+        made: Any = self._in_processes() if self.workers else _ahead(self._here(), self.prefetch) if self.prefetch else self._here()
         try:
             for one in made:
                 self._note(one)
@@ -111,8 +111,7 @@ class Loader:
                     self._recent.append(one)
                     yield one.batch
         finally:
-            if hasattr(made, "close"):
-                made.close()
+            made.close()
         if not self.train:
             self._at = dict.fromkeys(self._at, 0)
 

@@ -165,8 +165,8 @@ class Maker:
 
     def _keep(self, out: dict[str, np.ndarray], key: str, thing: Any) -> None:
         """Stores a picture-like thing read exactly (`key`) and at working size (`key` + "@work"), as the plans ask for."""
-        size = (thing.shape[-1], thing.shape[-2]) if isinstance(thing, np.ndarray) else thing.size
-        how = {"depth": "bilinear"}.get(key)
+        size = (thing.shape[-1], thing.shape[-2]) if key == "mask" else thing.size
+        how = "bilinear" if key == "depth" else None
         if self.exact and "image" in self.keys:
             if key == "mask":
                 x0, y0, x1, y1 = images.window(size, self.exact)
@@ -274,9 +274,9 @@ class Maker:
             return
         plan, n, mirror = self._plan() if "image" in self.keys else None, len(arrays), torch.zeros(len(arrays), dtype=torch.bool)
         frame = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(n, 4)
-        if self.plans:
-            canvas, sizes = views.lay([a["image@work"] for a in arrays], self.canvas)
-        if self.view and plan and self.plans:
+        none = torch.empty(0)
+        canvas, sizes = views.lay([a["image@work"] for a in arrays], self.canvas) if self.plans else (none, none)
+        if self.view and plan:
             drawn = self._part(step, 0, n)
             picture, boxes, mirror = views.view(self.view, drawn, canvas, sizes)
             batch["image"] = images.normalised(picture, plan)

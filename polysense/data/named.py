@@ -160,7 +160,7 @@ def _digits(name: str, split: str, folder: Path, e: Named, options: dict[str, st
     import numpy as np
     from sklearn.datasets import load_digits
 
-    plain = load_digits()
+    plain: Any = load_digits()
     images = np.repeat((plain.images * (255 / 16)).round().astype(np.uint8)[..., None], 3, axis=-1)
     samples = [{"id": f"digit_{i:04d}", "image": images[i], "label": int(t), "captions": [s.format(DIGITS[t]) for s in DIGIT_SAYINGS]}
                for i, t in enumerate(plain.target) if (i % 5 == 4) == (split == "test")]

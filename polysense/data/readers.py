@@ -96,7 +96,7 @@ class SegmentedTar(TarSource):
 
 
 def _box_of(mask: np.ndarray) -> tuple[float, float, float, float]:
-    (h, w), rows, columns = mask.shape, mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
+    (h, w), rows, columns = mask.shape, np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     return columns[0] / w, rows[0] / h, (columns[-1] + 1) / w, (rows[-1] + 1) / h
 
 

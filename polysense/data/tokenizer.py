@@ -98,7 +98,7 @@ class Tokenizer:
 
     def token(self, id: int) -> str:
         """The token of an id as the vocabulary writes it."""
-        return self.engine.id_to_token(id)
+        return self.engine.id_to_token(id) or ""
 
     def save(self, folder: str | Path) -> None:
         """Writes `tokenizer.json` (the layout of the tokenizers library, which transformers also reads)."""

@@ -17,7 +17,7 @@ from typing import Any
 
 from polysense.base.errors import UserError, need_extra
 from polysense.data.readers import PICTURES, CocoSource, Files, Record, TarSource, read_lines
-from polysense.data.sources import HEAVY, BadSample, ListSource, Sample, Source, held_out, offered
+from polysense.data.sources import BadSample, ListSource, Sample, Source, held_out, offered
 
 ENDINGS = (*("." + e for e in PICTURES), ".jfif", ".avif")
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "dev", "test": "test"}
@@ -34,6 +34,8 @@ TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 def user_source(spec: str, split: str, options: dict[str, str]) -> Any:
     """The source that a path or address names. Raises UserError when there is none, with the nearest named sets."""
     if spec.startswith("hf:"):
+        from polysense.data.hub import hf_source
+
         return hf_source(spec[3:], split, options)
     if spec.startswith(("http://", "https://")) or re.search(r"\.(tar|tgz|tar\.gz)$", spec):
         return tar_source(spec, split, options)
@@ -197,7 +199,7 @@ def rows_source(name: str, rows: Sequence[dict[str, Any]], split: str, options: 
         chosen = split_of(name, split, tuple(sorted(set(said))))
         kept = [r for r, s in zip(rows, said) if s == chosen]
     label = at.get("label", [None])[0]
-    classes, number = _classes([r.get(label) for r in rows] if label else [])
+    classes, number = classes_of([r.get(label) for r in rows] if label else [])
     samples: list[Sample] = []
     notes: list[tuple[str, str]] = []
     used: dict[str, int] = {}
@@ -206,11 +208,11 @@ def rows_source(name: str, rows: Sequence[dict[str, Any]], split: str, options: 
         if not picture:
             notes.append((f"{Path(name).name}: row {n}", "names no picture"))
             continue
-        image, called = _picture(picture, root, n)
+        image, called = picture_of(picture, root, n)
         used[called] = used.get(called, 0) + 1
         sample: Sample = {"id": called if used[called] == 1 else f"{called}#{used[called]}", "image": image}
         if "caption" in at:
-            sample["captions"] = [c for column in at["caption"] for c in _captions(row.get(column))]
+            sample["captions"] = [c for column in at["caption"] for c in captions_of(row.get(column))]
         if label and row.get(label) not in (None, ""):
             sample["label"] = number[str(row[label])]
         sample |= {role: str(row.get(at[role][0]) or "") for role in ("question", "answer") if role in at}
@@ -221,7 +223,7 @@ def rows_source(name: str, rows: Sequence[dict[str, Any]], split: str, options: 
     return source, "split" in at
 
 
-def _picture(cell: Any, root: Path, n: int) -> tuple[Any, str]:
+def picture_of(cell: Any, root: Path, n: int) -> tuple[Any, str]:
     """What to decode, and what to call it: a path, an address, bytes, or Hugging Face's {"bytes", "path"}."""
     if isinstance(cell, dict):
         cell = cell.get("bytes") or cell.get("path")
@@ -232,7 +234,7 @@ def _picture(cell: Any, root: Path, n: int) -> tuple[Any, str]:
     return (cell if cell.startswith(("http://", "https://")) else root / cell), cell
 
 
-def _captions(cell: Any) -> list[str]:
+def captions_of(cell: Any) -> list[str]:
     """The captions in a cell: a string, a list, or a JSON list written as a string."""
     if isinstance(cell, str) and cell.lstrip().startswith("["):
         try:
@@ -244,7 +246,7 @@ def _captions(cell: Any) -> list[str]:
     return [str(c).strip() for c in (cell if isinstance(cell, (list, tuple)) else [cell]) if c is not None and str(c).strip()]
 
 
-def _classes(values: Sequence[Any]) -> tuple[tuple[str, ...], dict[str, int]]:
+def classes_of(values: Sequence[Any]) -> tuple[tuple[str, ...], dict[str, int]]:
     """Class names in sorted order (numbers by value), and the number of each."""
     said = {str(v) for v in values if v not in (None, "")}
     whole = all(re.fullmatch(r"-?\d+", s) for s in said)
@@ -252,7 +254,7 @@ def _classes(values: Sequence[Any]) -> tuple[tuple[str, ...], dict[str, int]]:
     return names, {n: i for i, n in enumerate(names)}
 
 
-# COCO, tars, Hugging Face
+# COCO, tars
 
 def coco_source(path: Path, split: str, options: dict[str, str]) -> Source:
     """A COCO annotation file; pictures in `?images=FOLDER or .tar`, else beside it, in images/, or in a folder of its stem."""
@@ -272,7 +274,7 @@ def annotate(record: Record) -> Sample:
         m = record.json()
         if isinstance(m, dict):
             found = next((m[k] for k in COLUMNS["caption"] if m.get(k)), None)
-            about |= {"captions": _captions(found)} if found is not None else {}
+            about |= {"captions": captions_of(found)} if found is not None else {}
             about |= {"label": m["label"]} if isinstance(m.get("label"), int) else {}
     for ending in ("txt", "caption"):
         if ending in record.parts:
@@ -321,73 +323,3 @@ def _try(source: Source, i: int) -> Sample | None:
         return source.about(i)
     except BadSample:
         return None
-
-
-class TableOfHub(Source):
-    """A Hugging Face data set with columns mapped to roles; rows are read as they are asked for."""
-
-    def __init__(self, name: str, data: Any, at: dict[str, list[str]], split: str, classes: Sequence[str]):
-        self.name, self.data, self.at, self.split, self.classes = name, data, at, split, tuple(classes)
-        self.light = data.remove_columns(at["image"])
-        self.numbered = {c: i for i, c in enumerate(self.classes)}
-        roles = (("text", "caption"), ("label", "label"), ("question", "question"), ("answer", "answer"))
-        self.offers = offered(("image", *(key for key, role in roles if role in at)))
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def id(self, i: int) -> str:
-        return f"{self.split}_{i:06d}"
-
-    def _about(self, i: int) -> Sample:
-        row, about = self.light[i] if self.light.column_names else {}, {}
-        if "caption" in self.at:
-            about["captions"] = [c for column in self.at["caption"] for c in _captions(row[column])]
-        if "label" in self.at:
-            value = row[self.at["label"][0]]
-            about["label"] = value if isinstance(value, int) else self.numbered[str(value)]
-        return about | {role: row[self.at[role][0]] for role in ("question", "answer") if role in self.at}
-
-    def _load(self, i: int, key: str) -> Any:
-        from polysense.data.images import decode
-
-        if key not in HEAVY[:1]:
-            return super()._load(i, key)
-        image, _ = _picture(self.data[i][self.at["image"][0]], Path(), i)
-        return decode(image)
-
-
-def hf_source(spec: str | Any, split: str, options: dict[str, str]) -> Source:
-    """`NAME`, `NAME:CONFIG` on the hub, a folder written by `save_to_disk`, or a Dataset / DatasetDict. Needs the extra `hub`."""
-    datasets = need_extra("datasets", "hub")
-    data, name = spec, "hf"
-    if isinstance(spec, str):
-        name = f"hf:{spec}"
-        try:
-            if Path(spec).expanduser().is_dir():
-                data = datasets.load_from_disk(str(Path(spec).expanduser()))
-            else:
-                hub, _, config = spec.partition(":")
-                data = datasets.load_dataset(hub, config or None)
-        except Exception as error:  # the library raises many kinds: not found, offline, gated, damaged
-            raise UserError(f"cannot open the Hugging Face data set {spec!r}", f"{type(error).__name__}: {error}".splitlines()[0]) from error
-    whole = not isinstance(data, dict)
-    if not whole:
-        from polysense.data.named import split_of
-
-        called = {SPLITS.get(k, k): k for k in data}
-        alone = len(called) == 1
-        data = data[called[next(iter(called)) if alone else split_of(name, split, tuple(called))]]
-        whole = alone
-    at = columns(data.column_names, options, name)
-    # Undecoded, so that a damaged picture costs one sample and not the whole batch of rows that the library reads.
-    for column, feature in data.features.items():
-        if column in at["image"] and isinstance(feature, datasets.Image):
-            data = data.cast_column(column, datasets.Image(decode=False))
-    label = at.get("label", [None])[0]
-    feature = data.features[label] if label else None
-    classes = list(feature.names) if isinstance(feature, datasets.ClassLabel) else list(_classes(data[label])[0]) if label else []
-    if label and not isinstance(feature, datasets.ClassLabel) and data.features[label].dtype.startswith("int"):
-        classes = [str(i) for i in range(max(data[label], default=-1) + 1)]
-    source = TableOfHub(name, data, at, split, classes)
-    return held_out(source, split) if whole else source
