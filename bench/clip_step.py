@@ -2,7 +2,7 @@
 
     python bench/clip_step.py [--rounds 3] [--batch 32] [--json docs/proofs/bench_clip_step.json]
 
-Same weights' shapes, same pictures, same captions (of real length where the data are there), same optimiser settings. The peers read what their tokenisers
+Same shapes of weights, pictures, captions (of real length where the data are there) and optimiser. The peers read what their tokenisers
 give: 77 positions (open_clip always; transformers with `padding="max_length"`, and `padding=True`, the longest of the batch, as "trimmed").
 Ours reads the batch trimmed to its longest caption, which changes no feature. Steps are interleaved, the median is taken, only ratios count.
 timm, open_clip and torchvision need not have compiled operators: their names are declared here, as the tests do.
@@ -27,9 +27,10 @@ from polysense.proofs.harness import commit, machine
 from polysense.systems.align import clip
 from polysense.train.optim import make_optimizer
 
-CAPTIONS = ["A man riding a wave on top of a surfboard.", "Two dogs play in the snow near a wooden fence.", "A plate of food with broccoli and rice.",
-            "The bathroom has a white toilet, a sink and a large mirror above it.", "A red double decker bus drives down a city street.",
-            "Children watch as a train full of tourists comes into the small station.", "A cat sleeps on a laptop.", "Several kites fly over a beach."]
+CAPTIONS = [
+    "A man riding a wave on top of a surfboard.", "Two dogs play in the snow near a wooden fence.", "A plate of food with broccoli and rice.",
+    "The bathroom has a white toilet, a sink and a large mirror above it.", "A red double decker bus drives down a city street.",
+    "Children watch as a train full of tourists comes into the small station.", "A cat sleeps on a laptop.", "Several kites fly over a beach."]
 
 
 def captions(n: int) -> list[str]:
@@ -61,7 +62,8 @@ def peer(model: torch.nn.Module, loss_of: Callable[[], torch.Tensor], bf16: bool
     model.train()
     decay = [p for p in model.parameters() if p.ndim >= 2]
     rest = [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.2}, {"params": rest, "weight_decay": 0.0}], lr=5e-4, betas=(0.9, 0.98), eps=1e-6)
+    groups = [{"params": decay, "weight_decay": 0.2}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=5e-4, betas=(0.9, 0.98), eps=1e-6)
 
     def step() -> float:
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -97,7 +99,8 @@ def main() -> None:
     torch.manual_seed(0)
     image, ids = torch.randn(args.batch, 3, 224, 224), SimpleTokenizer()(captions(args.batch))
     longest = int(ids.argmax(1).max()) + 1
-    arms = {"ours": (ours, ids), "open_clip": (open_clip, ids), "transformers": (transformers, ids), "transformers, trimmed": (transformers, ids[:, :longest])}
+    arms = {"ours": (ours, ids), "open_clip": (open_clip, ids), "transformers": (transformers, ids),
+            "transformers, trimmed": (transformers, ids[:, :longest])}
     seconds: dict[str, list[float]] = {}
     for precision in ("fp32", "bf16"):
         steps = {name: build(image, text, precision == "bf16") for name, (build, text) in arms.items()}
@@ -112,8 +115,8 @@ def main() -> None:
     median = {name: statistics.median(v) for name, v in seconds.items()}
     ratios = {f"{name} / ours, {p}": median[f"{name} {p}"] / median[f"ours {p}"] for p in ("fp32", "bf16") for name in arms if name != "ours"}
     ratios |= {f"{name} fp32 / ours bf16 (defaults)": median[f"{name} fp32"] / median["ours bf16"] for name in ("open_clip", "transformers")}
-    result = {"what": "CLIP ViT-B/32 training step, larger is better for ours", "batch": args.batch, "tokens": {"theirs": ids.shape[1], "ours": longest},
-              "machine": machine(), "commit": commit(), "seconds": median, "ratios": ratios}
+    result = {"what": "CLIP ViT-B/32 training step; a ratio above 1 is in our favour", "batch": args.batch,
+              "tokens": {"theirs": ids.shape[1], "ours": longest}, "machine": machine(), "commit": commit(), "seconds": median, "ratios": ratios}
     for name, value in [*median.items(), *ratios.items()]:
         print(f"{name:45s} {value:8.2f}")
     args.json.parent.mkdir(parents=True, exist_ok=True)

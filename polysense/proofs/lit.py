@@ -48,7 +48,7 @@ def run(seed: int) -> Outcome:
 
     start = time.perf_counter()                                   # the features are computed inside Lu's time
     with torch.inference_mode():
-        features = torch.cat([teacher.backbone(b["image"]).pooled for b in Loader(
+        features = torch.cat([teacher.backbone.pooled(b["image"]) for b in Loader(
             train, plan.feed, None, batch_size=250, train=False, needs=("image",))]).clone()
     locked = train_arm("lit", plan, train, needs=("text",), seed=seed, tokenizer=tokenizer, prepare=lock, clock=lambda: spent(start),
                        batches=cached(features, texts, tokenizer, plan.stages[0].batch_size, seed))

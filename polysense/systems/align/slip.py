@@ -46,7 +46,7 @@ class SLIP(DualEncoder):
         self.projector, self.ssl_temperature = c.projector.build(), c.ssl_temperature
 
     def embed(self, batch: Batch) -> dict[str, Tensor]:
-        one, two = (self.projector(self.vision(v).pooled) for v in batch["views"].unbind(1))
+        one, two = (self.projector(self.vision.pooled(v)) for v in batch["views"].unbind(1))
         return {"image": self.encode_image(batch["image"]), "text": self.encode_text(batch["text"]), "one": one, "two": two}
 
     def compare(self, seen: dict[str, Tensor]) -> Losses:
