@@ -31,6 +31,11 @@ class After:
 class Part(Configured, nn.Module):
     """A building block: built from its own nested Config, knows nothing of systems."""
 
+    def adapt(self, name: str, value: Tensor) -> Tensor:
+        """What becomes of `value`, the weight `name` of a Start that was trained at another size. A part that can convert it (positions of
+        another grid) does; the rest returns it as it is, and the Start is refused for its shape."""
+        return value
+
 
 class System(Part, ABC):
     """Holds weights, implements capabilities, offers objectives. Archetypes are abstract, recipes are `@final`."""

@@ -25,10 +25,15 @@ class AttentionPool(Attention):
 
     def __init__(self, c: Config):
         super().__init__(c)
+        self.grid = (c.grid, c.grid)
         self.position = nn.Parameter(torch.randn(1, 1 + c.grid ** 2, c.width) * c.width ** -0.5)
         for m in (self.q, self.k, self.v, self.out):
             nn.init.normal_(m.weight, std=c.width ** -0.5)
             nn.init.zeros_(m.bias)
+
+    def adapt(self, name: str, value: Tensor) -> Tensor:
+        """Positions trained for another grid, interpolated to this one."""
+        return fit_positions(value, 1, self.grid) if name == "position" and value.ndim == 3 else value
 
     def tokens(self, image_map: Tensor) -> Tensor:
         """[B,C,h,w] -> [B,1+h*w,C]: the mean, then all places, with positions."""

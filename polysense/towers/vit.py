@@ -59,6 +59,10 @@ class ViT(Tower):
         self.body = c.body.build()
         self.prefix, self.pool, self.dense_from, self.width = c.prefix, c.pool, c.dense, width
 
+    def adapt(self, name: str, value: Tensor) -> Tensor:
+        """Positions trained for another (square) grid, interpolated to this one."""
+        return fit_positions(value, self.prefix, self.grid) if name == "position" and value.ndim == 3 else value
+
     def embed(self, image: Tensor, keep: Tensor | None = None) -> tuple[Tensor, tuple[int, int]]:
         """image [B,C,H,W], keep [B,K] numbers of the patches that stay -> tokens before the blocks [B,T,D] and the patch grid (h, w)."""
         x = self.patch(image if self.stem is None else self.stem.features(image)[-1])

@@ -1,6 +1,6 @@
 """Optimisers and their parameter groups: weight decay where it belongs, learning rates that fall along the depth of a tower."""
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatch
 from typing import Any
 
@@ -15,6 +15,7 @@ NAMES = ("adamw", "adam", "sgd", "lars", "lamb")
 LAYER = re.compile(r"^(?P<tower>(?:.*?\.)??)(?P<within>body\.)?(?:blocks|stages)\.(?P<at>\d+)\.")
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
 AFTER_THE_LAYERS = ("norm.", "pool.", "head.")
+Tensors = list[Tensor] | tuple[Tensor, ...]
 
 
 def undecayed(system: nn.Module) -> set[str]:
@@ -95,7 +96,7 @@ def make_optimizer(system: nn.Module, optim: Optim, chosen: Callable[[str], bool
     raise UserError(f"no optimiser {optim.name!r}", f"the optimisers are {', '.join(NAMES)}")
 
 
-def trust(weights: Sequence[Tensor], updates: Sequence[Tensor], coefficient: float) -> list[Tensor]:
+def trust(weights: Tensors, updates: Tensors, coefficient: float) -> list[Tensor]:
     """coefficient * |w| / |u| of each pair, and 1 where one of the two is zero."""
     pairs = zip(torch._foreach_norm(weights), torch._foreach_norm(updates))
     return [torch.where((w > 0) & (u > 0), coefficient * w / u, torch.ones_like(w)) for w, u in pairs]
@@ -104,7 +105,7 @@ def trust(weights: Sequence[Tensor], updates: Sequence[Tensor], coefficient: flo
 class Scaled(Optimizer):
     """What LARS and LAMB share: all tensors of a group go through one sequence of multi-tensor kernels."""
 
-    def update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> Sequence[Tensor]:
+    def update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> Tensors:
         """The update before the learning rate, trust ratio included."""
         raise TypeError(f"{type(self).__name__} must say its update")
 
@@ -155,7 +156,7 @@ class LAMB(Scaled):
     def __init__(self, params: Any, *, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-6, weight_decay: float = 0.0):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "adapt": True})
 
-    def update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> Sequence[Tensor]:
+    def update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> Tensors:
         (one, two), mean, square = group["betas"], self.held(params, "exp_avg"), self.held(params, "exp_avg_sq")
         done = [self.state[p].setdefault("step", torch.zeros((), dtype=torch.float32)) for p in params]
         torch._foreach_add_(done, 1.0)

@@ -10,7 +10,7 @@ import torch
 from polysense.base.catalogue import preset_of
 from polysense.base.errors import UserError
 from polysense.base.plan import Preset, Start
-from polysense.base.system import System
+from polysense.base.system import Part, System
 from polysense.train.checkpoint import writing
 from polysense.train.folder import Run
 
@@ -53,7 +53,10 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def carry(start: Start, run: Run, system: System) -> None:
-    """Copies the weights `take` of a run into the module `into` of the system. Raises UserError where a name or a shape does not fit."""
+    """Copies the weights `take` of a run into the module `into` of the system; parts may adapt weights of another size (`Part.adapt`).
+
+    Raises UserError where a name or a shape does not fit.
+    """
     said = f"start {start.into or 'system'} <- {start.from_}{'.' + start.take if start.take else ''}"
     inside = [f"{start.take}." if start.take else "", f"{start.into}." if start.into else ""]
     theirs, ours = ({k.removeprefix(p): v for k, v in s.state_dict().items() if k.startswith(p)} for p, s in zip(inside, (run.system, system)))
@@ -62,6 +65,10 @@ def carry(start: Start, run: Run, system: System) -> None:
     for name in sorted(theirs.keys() | ours.keys()):
         if name not in ours or name not in theirs:
             raise UserError(f"{said}: only {'the run' if name in theirs else 'the system'} has {name}", "their configurations must agree")
+        if ours[name].shape != theirs[name].shape:
+            path, _, leaf = f"{inside[1]}{name}".rpartition(".")
+            owner = system.get_submodule(path)
+            theirs[name] = owner.adapt(leaf, theirs[name]) if isinstance(owner, Part) else theirs[name]
         if ours[name].shape != theirs[name].shape:
             raise UserError(f"{said}: {name} is {tuple(theirs[name].shape)}, not {tuple(ours[name].shape)}", "their configurations must agree")
     with torch.no_grad():

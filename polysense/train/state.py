@@ -95,9 +95,10 @@ class Training:
         optimizer.step()
 
     def lr(self) -> float:
-        """The learning rate of the next step, before the groups' scales. A time budget can run ahead of the steps."""
-        steps = self.stage.steps
-        return self.stage.optim.lr * factor(self.stage.optim, max(self.index, self.progress * steps), steps)
+        """The learning rate of the next step, before the groups' scales. A time budget can run ahead of the steps: the decay follows the time,
+        but warm-up is counted in steps, or on a slow machine the first few would take the full rate."""
+        optim, steps = self.stage.optim, self.stage.steps
+        return optim.lr * min(factor(optim, self.index, steps), factor(optim, max(self.index, self.progress * steps), steps))
 
     # for checkpoints
 

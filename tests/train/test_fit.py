@@ -192,6 +192,12 @@ def test_a_time_budget_ends_the_stage_and_its_schedule():
     assert [s.lr for s in steps] == pytest.approx([1e-2, 5e-3, 1e-3])
 
 
+def test_warm_up_is_counted_in_steps_even_under_a_time_budget():
+    times = iter([0.1, 0.3, 0.5, 0.7, 1.0])
+    steps = list(fit(toy(), stage_of(steps=1000, schedule="linear", warmup=4), stream(), clock=lambda: next(times)))
+    assert [s.lr for s in steps] == pytest.approx([2.5e-3, 5e-3, 1e-2 * (1 - 496 / 996), 1e-2 * (1 - 696 / 996)])
+
+
 def test_a_recipe_may_bring_its_own_generator():
     def alternate(system, stage, batches, training):
         one, two = training.optimizer_for("vision", "vision.*"), training.optimizer_for("text", "text.*")
