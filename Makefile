@@ -37,7 +37,7 @@ $(STAMP): pyproject.toml
 	touch $@
 
 demo: env
-	OMP_NUM_THREADS= $(BIN)/python scripts/demo.py
+	env -u OMP_NUM_THREADS $(BIN)/python scripts/demo.py
 
 lint: env
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import os
+import re
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -157,7 +158,7 @@ def exams(folder: Path) -> list[dict[str, Any]]:
     for path in sorted(folder.glob("*.json")):
         try:
             said = json.loads(path.read_text(encoding="utf-8"))
-            rows = [{"name": k.replace("_", " "), "value": _number(m["value"]), "interval": f"{_number(m['low'])} – {_number(m['high'])}",
+            rows = [{"name": metric_name(k), "value": _number(m["value"]), "interval": f"{_number(m['low'])} – {_number(m['high'])}",
                      "chance": None if m["chance"] is None else _number(m["chance"]),
                      "bar": {k2: None if m[k2] is None else round(100 * m[k2], 2) for k2 in ("value", "low", "high", "chance")}
                      if "rank" not in k else None} for k, m in said["metrics"].items()]
@@ -172,6 +173,11 @@ def exams(folder: Path) -> list[dict[str, Any]]:
 
 def notes_of(notes: dict[str, Any]) -> str:
     return "; ".join(f"{k.replace('_', ' ')}: {len(v) if isinstance(v, (list, dict)) else v}" for k, v in notes.items())
+
+
+def metric_name(key: str) -> str:
+    """image_to_text_r10 -> "image to text R@10"; the rest as words."""
+    return re.sub(r" r(\d+)$", r" R@\1", key.replace("_", " "))
 
 
 def _number(value: float) -> str:

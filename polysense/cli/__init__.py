@@ -11,6 +11,7 @@ import typer
 
 from polysense.base.errors import UserError
 from polysense.cli import data, learn, systems, use
+from polysense.cli.out import Stopped
 
 __all__ = ["app", "main"]
 
@@ -63,15 +64,19 @@ def main(words: list[str] | None = None) -> int:
     words = [w for w in options if w != "--debug"] + words[len(options):]
     try:
         status = app(words, prog_name="polysense", standalone_mode=False)
-        return status if isinstance(status, int) else 0
-    except KeyboardInterrupt as stopped:
-        return _say(str(stopped) or "stopped", 130)
-    except typer.Abort:
+        sys.stdout.flush()
+        return _say("stopped", 130) if status == 130 else status if isinstance(status, int) else 0
+    except Stopped as stopped:
+        return _say(str(stopped), 130)
+    except (KeyboardInterrupt, typer.Abort):
         return _say("stopped", 130)
-    except BrokenPipeError:                          # `polysense list | head`: the reader has had enough
+    except (BrokenPipeError, SystemExit) as error:   # typer leaves by SystemExit where the reader of a pipe has had enough: `polysense list | head`
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
+            raise
         import os
 
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())     # what is still buffered goes nowhere, quietly
+        sys.stdout = sys.__stdout__
         return 0
     except UserError as error:
         if debug:

@@ -71,7 +71,7 @@ def draw(events: Any, id: str, minutes: float | None, as_json: bool) -> None:
     import os
     import time
 
-    from polysense.cli.out import Bar, clock, json_out, note, say, short
+    from polysense.cli.out import Bar, Stopped, clock, json_out, note, say, short
     from polysense.train.events import Finished, Noted, Saved, Started, Stepped
 
     quiet, last, folder, saved = os.environ.get("RANK", "0") != "0", None, None, 0
@@ -99,7 +99,7 @@ def draw(events: Any, id: str, minutes: float | None, as_json: bool) -> None:
                     last = event
     except KeyboardInterrupt:
         again = f"`polysense train {id} --out {folder} --resume`" if folder else "the same command"
-        raise KeyboardInterrupt(f"stopped, the last checkpoint is of step {saved}: go on with {again}" if saved or folder else "stopped") from None
+        raise Stopped(f"stopped, the last checkpoint is of step {saved}: go on with {again}" if saved or folder else "stopped") from None
     if quiet or last is None:
         return
     if as_json:

@@ -10,6 +10,10 @@ from typing import Any
 WIDE = 160                                           # columns where there is no terminal to ask
 
 
+class Stopped(Exception):
+    """The user interrupted; the message says how to go on."""
+
+
 def console(error: bool = False) -> Any:
     """A rich console that neither wraps nor colours what is piped into a file."""
     from rich.console import Console
