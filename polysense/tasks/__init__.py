@@ -23,7 +23,7 @@ class Exam:
     module: str
     asks: tuple[str, ...]                    # capabilities of the system
     needs: tuple[str, ...]                   # batch keys that the sources offer
-    trains: str                              # "" or what it learns from the training source
+    trains: str                              # what is done with a training source; "" where it takes none
     says: str
 
 
@@ -34,7 +34,7 @@ EXAMS: dict[str, Exam] = {e.name: e for e in (
          "find the captions of a picture among all captions, and the picture of a caption among all pictures"),
     Exam("linear_probe", "polysense.tasks.linear_probe", ("encode_image",), ("image", "label"), "logistic regression",
          "logistic regression on frozen features, its strength chosen on a validation split"),
-    Exam("knn_probe", "polysense.tasks.knn_probe", ("encode_image",), ("image", "label"), "nothing: the neighbours vote",
+    Exam("knn_probe", "polysense.tasks.knn_probe", ("encode_image",), ("image", "label"), "a vote of the neighbours",
          "let the nearest training pictures vote on the class"),
     Exam("few_shot", "polysense.tasks.few_shot", ("encode_image",), ("image", "label"), "ridge regression",
          "learn from 1, 5 or 10 pictures a class by ridge regression on frozen features"),
@@ -71,6 +71,8 @@ def take(exam: str, subject: Any, test: Any, train: Any = None, **options: Any) 
                             f"they offer {', '.join(data.offers)}")
     if asked.trains and train is None:
         raise UserError(f"{exam} needs training data as well", "give the training split of the same data")
+    if asked.trains and (train is test or (hasattr(test, "split") and (test.name, test.split) == (train.name, getattr(train, "split", None)))):
+        raise UserError(f"{exam} would be examined on what it learned from ({test.name!r})", "give another split for training")
     from importlib import import_module
 
     run = import_module(asked.module).run

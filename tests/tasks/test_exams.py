@@ -87,6 +87,7 @@ def planted(n=140, classes=7, noise=0.05, seed=0, width=10, name="planted") -> F
     return Features(name, ("index", "image", "label"), WORDS[:classes], x, label, [[] for _ in label])
 
 
+SAME = Pictures()
 TRAINED = [e.name for e in EXAMS.values() if e.trains]
 
 
@@ -322,6 +323,7 @@ def test_samples_without_label_are_not_examined():
     ("zero_shot", Aligned, Pictures(), None, {"names": ["red"]}, "1 names were given"),
     ("linear_prob", Aligned, Pictures(), None, {}, "no exam 'linear_prob'.*linear_probe"),
     ("few_shot", Aligned, Pictures(), Pictures(), {"shots": 0}, "at least 1"),
+    ("knn_probe", Aligned, SAME, SAME, {}, "what it learned from"),
 ])
 def test_what_cannot_be_examined_is_refused_with_advice(exam, system, test, train, options, says):
     with pytest.raises(UserError, match=says):
