@@ -47,7 +47,8 @@ def fit(system: System, stage: Stage, batches: Iterable[Batch], *, training: Tra
 
     training: a stage under way to go on with (made fresh by default). names: turns `batch["index"]` into sample ids for error messages.
     clock: the fraction of a time budget that is spent; the schedule runs ahead with it and the stage ends when it reaches 1.
-    A stage with `run` is handed to that generator: `run(system, stage, batches, training)` yields the `Losses` of each of its steps.
+    A stage with `run` is handed to that generator: `run(system, stage, batches, training)` yields the `Losses` of each of its steps,
+    steps its optimisers through `training.optimizer_for` and `training.descend`, and after a resume begins at `training.index`.
     Raises Diverged before a loss or gradient that is not finite can touch the weights, UserError where the data end before the stage.
     """
     training = training or Training(system, stage)

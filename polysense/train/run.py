@@ -81,6 +81,8 @@ def train_preset(id: str, preset: Preset, needs: Iterable[str], *, name: str = "
     their cost near a twentieth of the time. time_budget_s: seconds of training, shared among stages; the schedules fit into it. workers:
     decoding processes. parallel: "ddp" or "fsdp", under torchrun. wandb: project to log to. feeding: other batches than the data floor's.
     """
+    if wandb:
+        need_extra("wandb", "wandb")
     with world(device, parallel) as here:
         torch.set_flush_denormal(True)
         for i, stage in enumerate(preset.stages):
@@ -165,6 +167,8 @@ class Sitting:
         seed_all(self.seed + 1 + self.world.rank)
         self.found = self.world.leading(lambda: checkpoint.latest(self.folder.checkpoints, self.notes.append))
         self.step = self.found.step if self.found else 0
+        if self.found and self.found.facts["ranks"] != self.world.size:
+            self.notes.append(f"the checkpoint is of {self.found.facts['ranks']} ranks, this is {self.world.size}: the run goes on, not bit for bit")
         if self.world.first:
             self.folder.cut_log(self.step)
 

@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import warnings
+import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -321,3 +323,54 @@ def test_a_chain_of_starts_has_an_end(tmp_path, shelf):
     shelf["loop"] = preset_of().but(starts=(Start(into="", from_="loop"),))
     with pytest.raises(UserError, match="more than 3 others"):
         go(tmp_path / "run", shelf["loop"])
+
+
+def alternate(system, stage, batches, training):
+    """A generator of its own, as a GAN has: two optimisers in turn."""
+    one, two = training.optimizer_for("vision", "vision.*"), training.optimizer_for("text", "text.*")
+    for batch in batches:
+        losses = system.compare(system.embed(batch))
+        training.descend(losses.total(), (one, two)[training.index % 2])
+        yield losses
+
+
+def test_a_stage_with_its_own_generator_resumes_bit_identical(tmp_path):
+    preset = preset_of(stage_of(run=alternate, embed=None))
+    go(tmp_path / "alone", preset)
+    for event in train_preset("toy", preset, NEEDS, out=tmp_path / "run", feeding=ToyFeeding(), device="cpu", checkpoint_every=3):
+        if isinstance(event, Saved):
+            break
+    assert go(tmp_path / "run", preset, resume=True)[0].done == 3
+    assert same(tmp_path / "alone", tmp_path / "run")
+
+
+def test_a_resume_with_another_number_of_ranks_says_so(tmp_path):
+    go(tmp_path / "run", checkpoint_every=2)
+    (tmp_path / "run" / "weights.safetensors").unlink()
+    found = checkpoint.latest(tmp_path / "run" / "checkpoints")
+    text = json.dumps({**found.facts, "ranks": 2})
+    (found.path / checkpoint.FACTS).write_text(json.dumps({"crc": zlib.crc32(text.encode()), "facts": text}))
+    [note, *_] = go(tmp_path / "run", resume=True)
+    assert note.text == "the checkpoint is of 2 ranks, this is 1: the run goes on, not bit for bit"
+
+
+def test_weights_and_biases_is_an_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"pip install 'polysense\[wandb\]'"):
+        go(tmp_path / "run", wandb="project")
+    assert not (tmp_path / "run").exists()
+    seen = []
+    remote = SimpleNamespace(log=lambda line, step: seen.append((step, line["lr"])), finish=lambda: seen.append("done"))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **k: seen.append(k["project"]) or remote))
+    go(tmp_path / "run", wandb="project", log_every=2)
+    assert [s if isinstance(s, str) else s[0] for s in seen] == ["project", 2, 4, 6, "done"]
+
+
+def test_tensorboard_holds_the_curve(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    go(tmp_path / "run")
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    board.Reload()
+    assert [e.step for e in board.Scalars("loss/images")] == [1, 2, 3, 4, 5, 6]
+    assert [e.value for e in board.Scalars("total")] == pytest.approx([x["total"] for x in lines(tmp_path / "run")])
