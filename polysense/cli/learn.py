@@ -83,7 +83,8 @@ def draw(events: Any, id: str, minutes: float | None, as_json: bool) -> None:
                 if isinstance(event, Started) and not quiet:
                     begun = time.monotonic()
                     bar.note(f"{event.id} {event.preset}: {short(event.parameters)} parameters ({short(event.trainable)} train), "
-                             f"{event.samples:,} samples of {event.data}, on {event.device} in {event.precision}"
+                             f"{'a stream' if event.samples is None else f'{event.samples:,} samples'} of {event.data}, "
+                             f"on {event.device} in {event.precision}"
                              + (f", {event.ranks} ranks" if event.ranks > 1 else "") + (f", from step {event.done}" if event.done else ""))
                 elif isinstance(event, Stepped):
                     done = event.step / event.steps

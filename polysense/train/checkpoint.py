@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -90,12 +91,13 @@ def storable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def check_finite(tensors: dict[str, Tensor]) -> None:
-    """Refuses weights that are not numbers: they must never replace good ones on disk."""
-    floats = {k: local(v) for k, v in tensors.items() if v.is_floating_point() and v.numel()}
-    norms = torch.stack([n.float() for n in torch._foreach_norm(list(floats.values()), float("inf"))])
-    if not bool(norms.isfinite().all()):
-        bad = [k for k, good in zip(floats, norms.isfinite().tolist()) if not good]
+def check_finite(tensors: dict[str, Tensor], world: World) -> None:
+    """Refuses weights that are not numbers, whichever rank holds them: they must never replace good ones on disk. Every rank calls it."""
+    floats = {k: local(v) for k, v in tensors.items() if v.is_floating_point()}
+    floats = {k: v for k, v in floats.items() if v.numel()}
+    norms = torch._foreach_norm(list(floats.values()), float("inf")) if floats else ()
+    good = torch.stack([n.float() for n in norms]).isfinite().tolist() if floats else []
+    if bad := [*chain(*world.gathered([k for k, fine in zip(floats, good) if not fine]))]:
         raise UserError(f"{bad[0]} holds values that are not finite, so nothing was saved", "lower optim.lr or set optim.clip")
 
 
@@ -104,7 +106,7 @@ def save(root: Path, step: int, tensors: dict[str, Tensor], facts: dict[str, Any
 
     Raises UserError for weights that are not finite and for a folder that cannot be written.
     """
-    check_finite({k: v for k, v in tensors.items() if k.startswith(("model.", "ema."))})
+    check_finite({k: v for k, v in tensors.items() if k.startswith(("model.", "ema."))}, world)
     part, final = root / f".{step:09d}.part", root / f"{step:09d}"
     with writing(final):
         if world.first:

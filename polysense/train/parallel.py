@@ -2,6 +2,7 @@
 import gc
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -72,7 +73,9 @@ class World:
         for tensor in (*call.parameters(), *call.buffers()):
             dist.broadcast(tensor.detach(), 0)
         if whole_batches:
-            return nn.parallel.DistributedDataParallel(call, broadcast_buffers=False, gradient_as_bucket_view=True)
+            with warnings.catch_warnings():  # torch 2.13 announces another name, which older ones do not know
+                warnings.simplefilter("ignore", FutureWarning)
+                return nn.parallel.DistributedDataParallel(call, broadcast_buffers=False, gradient_as_bucket_view=True)
         self.alone = trained
         return call
 

@@ -251,7 +251,7 @@ class Sitting:
         """weights.safetensors, last of all: its presence says that the run is finished."""
         state = {k: whole_tensor(v).cpu() for k, v in self.system.state_dict().items()}
         averaged = {k: whole_tensor(v).cpu() for k, v in training.average.weights.items()} if training and training.average else {}
-        checkpoint.check_finite(state)
+        checkpoint.check_finite(state, self.world)
         about = {"format": "pt", "system": self.id, "preset": self.name, "steps": str(self.step)}
 
         def put() -> None:

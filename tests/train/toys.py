@@ -24,12 +24,12 @@ class Block(nn.Module):
 class Tower(nn.Module):
     def __init__(self, inputs: int, width: int, dropout: float):
         super().__init__()
-        self.patch = nn.Linear(inputs, width)
+        self.patch, self.cls = nn.Linear(inputs, width), nn.Parameter(torch.zeros(1, width))     # one row: a rank of two has none of it
         self.blocks = nn.ModuleList(Block(width, dropout) for _ in range(3))
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x):
-        x = self.patch(x)
+        x = self.patch(x) + self.cls
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
