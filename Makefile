@@ -52,7 +52,8 @@ golden: env
 
 docs: env
 	$(BIN)/python scripts/gen_docs.py
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "open site/index.html"
 
 clean:
 	rm -rf .venv site demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -115,7 +115,7 @@ def overview(run: Path, facts: dict[str, Any], log: list[dict[str, Any]]) -> lis
         seconds = sum(float(s.get("seconds", 0)) for s in log)
         logged = log[-1]["step"] / len(log)              # with log_every > 1 each line stands for several steps
         speed = sorted(float(s.get("samples_per_s", 0)) for s in log)[len(log) // 2]
-        rows += [("steps", f"{log[-1]['step']:,} of {sum(s['steps'] for s in facts['plan']['stages']):,}"),
+        rows += [("steps", f"{log[-1]['step']:,} of at most {sum(s['steps'] for s in facts['plan']['stages']):,}"),
                  ("time in steps", f"{seconds * logged / 60:.1f} min"), ("typical speed", f"{speed:,.0f} samples/s"),
                  ("last loss", f"{log[-1]['total']:.4g}")]
         if log[-1].get("skipped"):
@@ -172,12 +172,12 @@ def exams(folder: Path) -> list[dict[str, Any]]:
 
 
 def notes_of(notes: dict[str, Any]) -> str:
-    return "; ".join(f"{k.replace('_', ' ')}: {len(v) if isinstance(v, (list, dict)) else v}" for k, v in notes.items())
+    return "; ".join(f"{k.replace('_', ' ')}: {len(v) if isinstance(v, (list, dict)) else v}" for k, v in notes.items()).rstrip(".")
 
 
 def metric_name(key: str) -> str:
-    """image_to_text_r10 -> "image to text R@10"; the rest as words."""
-    return re.sub(r" r(\d+)$", r" R@\1", key.replace("_", " "))
+    """image_to_text_r10 -> "image → text R@10"; the rest as words."""
+    return re.sub(r" r(\d+)$", r" R@\1", key.replace("_to_", " → ").replace("_", " "))
 
 
 def _number(value: float) -> str:

@@ -41,8 +41,8 @@ def list_(as_json: Json = False) -> None:
 
 @app.command()
 def show(data: Name, split: Split = "train",
-         count: Annotated[int, typer.Option("-n", "--count", min=1, help="How many samples to draw.")] = 16,
-         seed: Annotated[int, typer.Option(help="Which samples: drawn at random from this seed.")] = 0,
+         count: Annotated[int, typer.Option("-n", "--count", metavar="N", min=1, help="How many samples to draw.")] = 16,
+         seed: Annotated[int, typer.Option(metavar="N", help="Which samples: drawn at random from this seed.")] = 0,
          out: Annotated[Path | None, typer.Option(metavar="FILE.png", help="The contact sheet.  [default: DATA-SPLIT.png]")] = None,
          as_json: Json = False) -> None:
     """Draw samples with their captions on a contact sheet, and print what the set holds.
@@ -80,7 +80,7 @@ def show(data: Name, split: Split = "train",
 @app.command()
 def get(data: Name, out: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder for pictures and metadata.jsonl.")],
         split: Split = "train",
-        count: Annotated[int | None, typer.Option("-n", "--count", min=1, help="Only the first so many samples.")] = None,
+        count: Annotated[int | None, typer.Option("-n", "--count", metavar="N", min=1, help="Only the first so many samples.")] = None,
         as_json: Json = False) -> None:
     """Fetch a set (from the network, an archive, a generator) into a plain folder that --data reads and people can look into.
 

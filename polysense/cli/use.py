@@ -55,7 +55,7 @@ def index(photos: Photos, model: Model,
 def search(query: Annotated[str | None, typer.Argument(metavar="QUERY", help="What to look for, in words.", show_default=False)] = None,
            index: Annotated[Path, typer.Option(metavar="DIR", help="An index, or the folder of pictures that it was made of.")] = Path("."),
            image: Annotated[str | None, typer.Option(metavar="FILE", help="Look for pictures like this one instead.")] = None,
-           count: Annotated[int, typer.Option("-k", "--count", min=1, help="How many pictures.")] = 10,
+           count: Annotated[int, typer.Option("-k", "--count", metavar="N", min=1, help="How many pictures.")] = 10,
            why: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the answer with heat-maps of what matched: .png .jpg .html")] = None,
            model: Annotated[str | None, typer.Option("-m", "--model", metavar="RUN", help="The model, if it has moved since indexing.")] = None,
            system: System = None, layout: Layout = None, device: Device = None, as_json: Json = False) -> None:
@@ -101,7 +101,7 @@ def label(photos: Photos,
           labels: Annotated[Path, typer.Option(metavar="FILE", help="A text file with one label a line.")],
           model: Model,
           out: Annotated[Path, typer.Option(metavar="FILE.csv", help="The table to write: path, label, probability.")] = Path("labels.csv"),
-          top: Annotated[int, typer.Option(min=1, help="How many labels a picture.")] = 1,
+          top: Annotated[int, typer.Option(metavar="N", min=1, help="How many labels a picture.")] = 1,
           template: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="A sentence with {} for the label; several are averaged.  "
                                                              "[default: a photo of a {}.]")] = None,
           system: System = None, layout: Layout = None, device: Device = None, as_json: Json = False) -> None:

@@ -1,0 +1,151 @@
+"""Writes the generated pages of the site: docs/commands/*.md from the command line itself, docs/catalogue.md from the cards and the filed proofs."""
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from polysense.base.catalogue import catalogue
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+MARK = "<!-- written by scripts/gen_docs.py (make docs): edit the source, not this page -->\n"
+
+
+def main() -> int:
+    pages = command_pages() | {"catalogue.md": catalogue_page()}
+    (DOCS / "commands").mkdir(exist_ok=True)
+    for old in (DOCS / "commands").glob("*.md"):
+        if f"commands/{old.name}" not in pages:
+            old.unlink()
+    for name, text in pages.items():
+        path = DOCS / name
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            path.write_text(text, encoding="utf-8")
+            print(f"wrote docs/{name}")
+    return 0
+
+
+# -- commands -----------------------------------------------------------------------------------------------------------------------------
+
+def command_pages() -> dict[str, str]:
+    """Page by path: one a command, and an index that lists them by panel."""
+    from polysense.cli import app
+
+    top: Any = typer.main.get_command(app)
+    pages, panels = {}, dict[str, list[str]]()
+    for name, command in top.commands.items():
+        inner = getattr(command, "commands", None)
+        if inner:
+            body = f"# polysense {name}\n\n{command.help}\n\n" + "".join(section(f"polysense {name} {sub}", c, "##") for sub, c in inner.items())
+        else:
+            body = section(f"polysense {name}", command, "#")
+        pages[f"commands/polysense-{name}.md"] = MARK + "\n" + body
+        panels.setdefault(str(command.rich_help_panel), []).append(f"| [`{name}`](polysense-{name}.md) | {summary(command)} |")
+    tables = "\n\n".join(f"## {panel}\n\n| command | what it does |\n|---|---|\n" + "\n".join(rows) for panel, rows in panels.items())
+    pages["commands/index.md"] = f"""{MARK}
+# Commands
+
+{tables}
+
+## Behind every command
+
+`--help` explains it with examples. `--json`, where there is one, prints the answer for programs; progress and notes go to the standard error
+stream, so the answer can be piped. `--debug` shows the traceback of an error.
+
+| exit status | meaning |
+|---|---|
+| 0 | done |
+| 1 | a mistake of polysense itself: please report it with the output of `--debug` |
+| 2 | something that you can mend; one line says what and how |
+| 130 | interrupted; where work can be gone on with, one line says how |
+"""
+    return pages
+
+
+def summary(command: Any) -> str:
+    return " ".join((command.help or "").split("\n\n")[0].split()).partition(". ")[0].rstrip(".") + "."
+
+
+def section(title: str, command: Any, level: str) -> str:
+    """Usage, description, examples and parameters of one command."""
+    prose, _, examples = (command.help or "").replace("\b\n", "").partition("Examples\n")
+    usage = " ".join(piece(p) for p in command.params if p.name != "help")
+    arguments = [p for p in command.params if p.param_type_name == "argument"]
+    options = [p for p in command.params if p.param_type_name == "option" and p.name != "help"]
+    out = [f"{level} {title}\n", prose.strip() + "\n", f"```text\n{title} {usage}\n```\n"]
+    if examples.strip():
+        lines = [line.strip() for line in examples.strip().splitlines()]
+        out.append("```bash\n" + "\n".join(comment(line) for line in lines) + "\n```\n")
+    for what, params in (("argument", arguments), ("option", options)):
+        if params:
+            rows = "\n".join(f"| {name_of(p)} | {cell(p.help)}{default(p)} |" for p in params)
+            out.append(f"| {what} | |\n|---|---|\n{rows}\n")
+    return "\n".join(out) + "\n"
+
+
+def piece(p: Any) -> str:
+    if p.param_type_name == "argument":
+        word = p.metavar or p.name.upper()
+        return word if p.required or word.startswith("[") else f"[{word}]"
+    word = p.opts[-1] if p.is_flag else f"{p.opts[-1]} {p.metavar or 'VALUE'}"
+    return word if p.required else f"[{word}]"
+
+
+def name_of(p: Any) -> str:
+    words = p.metavar or p.name.upper() if p.param_type_name == "argument" else ", ".join(p.opts)
+    return f"`{cell(words)}`"
+
+
+def default(p: Any) -> str:
+    value = p.default() if callable(p.default) else p.default
+    shown = value not in (None, False, (), []) and not p.required and "[default" not in (p.help or "") and isinstance(value, (int, float, str, Path))
+    return f" Default: `{value}`." if shown else ""
+
+
+def cell(text: str | None) -> str:
+    return re.sub(r"\s\s+\[default: (.*?)\]", r" Default: \1.", (text or "").strip()).replace("|", "\\|")
+
+
+def comment(line: str) -> str:
+    """A remark behind a wide gap becomes a shell comment."""
+    words, gap, remark = re.sub(r"\s{3,}", "\0", line).partition("\0")
+    return f"{words}    # {remark}" if gap else line
+
+
+# -- catalogue ----------------------------------------------------------------------------------------------------------------------------
+
+def catalogue_page() -> str:
+    """All systems by family, each with its card and what its proof measured."""
+    cards = list(catalogue().values())
+    families = dict.fromkeys(sorted(c.family for c in cards))
+    out = [MARK, "# Catalogue", "",
+           f"{len(cards)} systems. `polysense list` prints this table, `polysense show ID` the rest. A proof is a small honest experiment that the "
+           "system has to win against its baseline: `polysense prove ID` repeats it.", ""]
+    for family in families:
+        out += [f"## {family}", "", "| id | system | can | presets | proof |", "|---|---|---|---|---|"]
+        for c in (c for c in cards if c.family == family):
+            paper = f"[{c.paper}](https://arxiv.org/abs/{c.arxiv})" if c.arxiv else c.paper
+            can, presets = " ".join(f"`{k}`" for k in c.can), " ".join(f"`{k}`" for k in c.presets)
+            out.append(f"| `{c.id}` | **{c.name}**: {c.says}<br>{paper} | {can} | {presets} | {proof_of(c.id)} |")
+        out.append("")
+    return "\n".join(out)
+
+
+def proof_of(id: str) -> str:
+    """What docs/proofs/<id>.json says, in a cell."""
+    path = DOCS / "proofs" / f"{id}.json"
+    if not path.exists():
+        return "not filed yet"
+    filed = json.loads(path.read_text(encoding="utf-8"))
+    mean = lambda values: sum(values) / len(values)
+    against = ", ".join(f"{name} {mean(values):.3g}" for name, values in filed["baselines"].items())
+    verdict = "beats" if filed["beats_baseline"] else "does not beat"
+    return f"{filed['metric']} {mean(filed['system']):.3g} {verdict} {against} ({len(filed['seeds'])} seeds)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""The pages that are generated say what the command line says; the others name nothing that does not exist."""
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+
+import polysense
+from polysense.cli import app
+
+ROOT = Path(__file__).parents[2]
+PROSE = [ROOT / "README.md", ROOT / "README.zh.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.fixture(scope="module")
+def generator():
+    spec = importlib.util.spec_from_file_location("gen_docs", ROOT / "scripts" / "gen_docs.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_command_pages_are_up_to_date(generator):
+    pages = generator.command_pages()
+    on_disk = {f"commands/{p.name}" for p in (ROOT / "docs" / "commands").glob("*.md")}
+    assert on_disk == set(pages), "run: make docs"
+    for name, text in pages.items():
+        assert (ROOT / "docs" / name).read_text(encoding="utf-8") == text, f"docs/{name} is out of date: run make docs"
+
+
+def test_command_pages_explain_every_option(generator):
+    pages = generator.command_pages()
+    for name, command in typer.main.get_command(app).commands.items():
+        inner = getattr(command, "commands", {name: command})
+        for p in (p for c in inner.values() for p in c.params if p.param_type_name == "option"):
+            assert all(f"`{', '.join(p.opts)}`" in pages[f"commands/polysense-{name}.md"] for _ in [0] if p.name != "help")
+        assert f"commands/polysense-{name}.md" in (ROOT / "mkdocs.yml").read_text()
+
+
+def test_the_catalogue_page_has_every_system(generator):
+    page = generator.catalogue_page()
+    written = (ROOT / "docs" / "catalogue.md").read_text(encoding="utf-8")
+    for card in polysense.catalogue().values():
+        assert f"| `{card.id}` |" in page and card.says in page
+        assert f"| `{card.id}` |" in written, "docs/catalogue.md is out of date: run make docs"
+
+
+def lines():
+    for path in PROSE:
+        for block in re.findall(r"```bash\n(.*?)```", path.read_text(encoding="utf-8"), re.S):
+            for line in block.splitlines():
+                if line.startswith("polysense "):
+                    yield pytest.param(line, id=f"{path.name}: {line[:50]}")
+
+
+@pytest.mark.parametrize("line", lines())
+def test_every_command_line_in_the_documents_parses(line):
+    group, words = typer.main.get_command(app), shlex.split(line, comments=True)[1:]
+    command = group.commands[words.pop(0)]
+    while hasattr(command, "commands"):
+        command = command.commands[words.pop(0)]
+    command.make_context("polysense", words)
+
+
+@pytest.mark.parametrize("path", PROSE, ids=lambda p: p.name)
+def test_links_between_documents_lead_somewhere(path):
+    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", path.read_text(encoding="utf-8")):
+        assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+def test_both_readmes_show_the_same_commands():
+    def typed(name: str) -> list[str]:
+        found = re.findall(r"^(?:polysense|make|model\.\w+)[^#\n]*", (ROOT / name).read_text(encoding="utf-8"), re.M)
+        return [line.strip() for line in found]
+
+    assert typed("README.md") == typed("README.zh.md") and len(typed("README.md")) > 10
+
+
+def test_nothing_committed_names_a_place_outside():
+    for path in [*PROSE, ROOT / "Makefile", ROOT / "mkdocs.yml", *(ROOT / "scripts").glob("*.py"), *(ROOT / "polysense").rglob("*.py")]:
+        found = re.findall(r"(?<![\w.~])/(?:work|root|home)/\S+|pypi\.\w+|download\.pytorch", path.read_text(encoding="utf-8"))
+        assert not found, f"{path.name}: {found}"
