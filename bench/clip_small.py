@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-import reference  # noqa: F401 - declares torchvision's operators
+from reference import reference
 
 from polysense.base.system import Optim, Preset, ViewPlan
 from polysense.data import source
@@ -121,6 +121,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=["open_clip", "equal", "tiny"])
     parser.add_argument("--json", type=Path, default=Path("docs/proofs/bench_clip_small.json"))
     args = parser.parse_args()
+    reference("open_clip")                   # declares torchvision's compiled operators where they are absent
     import open_clip as package
     vocabulary = load_tokenizer(Path(package.__file__).parent, equal_preset().feed.text)
     rows = []

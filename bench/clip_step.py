@@ -21,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-import reference  # noqa: F401 - declares torchvision's operators
+from reference import reference
 
 from polysense.proofs.harness import commit, machine
 from polysense.systems.align import clip
@@ -95,6 +95,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--json", type=Path, default=Path("docs/proofs/bench_clip_step.json"))
     args = parser.parse_args()
+    reference("open_clip")                   # declares torchvision's compiled operators where they are absent
     from open_clip import SimpleTokenizer
     torch.manual_seed(0)
     image, ids = torch.randn(args.batch, 3, 224, 224), SimpleTokenizer()(captions(args.batch))

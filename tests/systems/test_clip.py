@@ -18,7 +18,7 @@ recipe = polysense.load("clip")
 @pytest.fixture(scope="module")
 def clip():
     torch.manual_seed(0)
-    return preset_of("clip").config.build()
+    return preset_of("clip", "tiny_vit").config.build()
 
 
 @pytest.fixture(scope="module")
@@ -103,11 +103,19 @@ def test_activation_is_a_flag():
     torch.testing.assert_close(exact.blocks[0].mlp.act(torch.ones(3)), F.gelu(torch.ones(3)))
 
 
-def test_resnet_tower_projects_by_attention_pooling():
+def test_resnet_tower_projects_by_attention_pooling_of_the_mean_token():
     tower = ClipResNet.Config(image_size=64, layers=(1, 1, 1, 1), base=8, heads=4, dim=24)
     config = recipe.tiny().config.but(vision=tower, image_head=Nothing.Config(), text_head=Linear.Config(into=192, out=24))
-    clip = config.build()
-    assert clip.encode_image(torch.randn(2, 3, 64, 64)).shape == (2, 24) and clip.encode_patches(torch.randn(2, 3, 64, 64)).shape == (2, 2, 2, 24)
+    clip = config.build().eval()
+    image = torch.randn(2, 3, 64, 64)
+    assert clip.encode_image(image).shape == (2, 24) and clip.encode_patches(image).shape == (2, 2, 2, 24)
+    image_map = clip.vision.features(image)[-1].flatten(2).transpose(1, 2)
+    tokens = torch.cat([image_map.mean(1, keepdim=True), image_map], 1) + clip.vision.pool.position
+    pool = clip.vision.pool
+    q, k, v = (f(t).unflatten(-1, (4, -1)).transpose(1, 2) for f, t in ((pool.q, tokens[:, :1]), (pool.k, tokens), (pool.v, tokens)))
+    pooled = pool.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))[:, 0]
+    torch.testing.assert_close(clip.encode_image(image), F.normalize(pooled, dim=-1), rtol=1e-4, atol=1e-5)
+    assert all(block.norm3.weight.abs().sum() == 0 for stage in clip.vision.stages for block in stage), "the last gamma of a block starts at zero"
 
 
 @pytest.mark.parametrize("name, count", [("paper", 427_616_513), ("vit_b_32", 151_277_313), ("vit_b_16", 149_620_737), ("rn50", 102_007_137)])
@@ -119,11 +127,11 @@ def test_presets_have_the_published_number_of_parameters(name, count):
 def test_gradient_caching_changes_nothing(batch):
     """Encoding in chunks and back-propagating each chunk gives the gradients of the whole batch."""
     from polysense.train.fit import fit
-    stage = recipe.tiny().stages[0].but(steps=2, batch_size=6, precision="fp32")
+    stage = recipe.tiny_vit().stages[0].but(steps=2, batch_size=6, precision="fp32")
     states = []
     for chunk in (None, 2):
         torch.manual_seed(0)
-        clip = preset_of("clip").config.build()
+        clip = preset_of("clip", "tiny_vit").config.build()
         list(fit(clip, stage.but(chunk=chunk), [batch, batch]))
         states.append(clip.state_dict())
     for name, value in states[0].items():

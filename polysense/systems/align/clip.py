@@ -70,12 +70,22 @@ def config(size: int, patch: int, image: Transformer.Config, text: Transformer.C
 
 
 def tiny() -> Preset:
+    """The ResNet tower at 64 px: on few pictures it learns about twice as fast as a ViT of its cost."""
+    tower = ClipResNet.Config(image_size=64, layers=(1, 1, 1), base=32, heads=4, dim=192)
+    text = ClipText.Config(vocab=4096, length=48, body=body(192, 3, 3), end=2)
     return Preset(
-        data="scenes", config=config(64, 8, body(192, 6, 3), body(192, 3, 3), dim=192, vocab=4096, length=48, end=2),
-        feed=Feed(image=ImagePlan(size=64), train_image=ViewPlan(size=64, scale=(0.6, 1.0), flip=0.5),
-                  text=TextPlan(vocab=4096, length=48)),
+        data="scenes", config=CLIP.Config(vision=tower, text=text, image_head=Nothing.Config(), text_head=Linear.Config(into=192, out=192)),
+        feed=Feed(image=ImagePlan(size=64), text=TextPlan(vocab=4096, length=48),
+                  train_image=ViewPlan(size=64, scale=(0.6, 1.0), flip=0.5, jitter=0.5, jitter_by=(0.3, 0.3, 0.3, 0.0))),
         stages=(Stage(objective=CLIP.compare, embed=CLIP.embed, steps=400, batch_size=128,
-                      optim=Optim(lr=1e-3, weight_decay=0.2, betas=(0.9, 0.98), eps=1e-6, warmup=40, clip=1.0)),))
+                      optim=Optim(lr=1.5e-3, weight_decay=0.1, betas=(0.9, 0.98), eps=1e-6, warmup=40, clip=1.0)),))
+
+
+def tiny_vit() -> Preset:
+    """The same with a ViT 6x192 of patch 8."""
+    base = tiny()
+    return base.but(config=config(64, 8, body(192, 6, 3), body(192, 3, 3), dim=192, vocab=4096, length=48, end=2)).but(
+        **{"stages.0.optim.lr": 5e-4})
 
 
 def _paper(of: CLIP.Config, size: int, lr: float, betas: tuple[float, float] = (0.9, 0.98), eps: float = 1e-6) -> Preset:
