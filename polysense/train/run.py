@@ -252,7 +252,7 @@ class Sitting:
         state = {k: whole_tensor(v).cpu() for k, v in self.system.state_dict().items()}
         averaged = {k: whole_tensor(v).cpu() for k, v in training.average.weights.items()} if training and training.average else {}
         checkpoint.check_finite(state, self.world)
-        about = {"format": "pt", "system": self.id, "preset": self.name, "steps": str(self.step)}
+        about = {"format": "pt"}             # no more: safetensors writes several entries in a random order, and equal runs give equal files
 
         def put() -> None:
             if averaged:

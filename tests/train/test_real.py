@@ -35,6 +35,7 @@ def test_a_resumed_clip_is_bit_identical(whole, tmp_path):
     assert started.done == 2 and isinstance(finished, Finished)
     one, two = (load_file(p / "weights.safetensors") for p in (out, tmp_path / "run"))
     assert all(torch.equal(v, two[k]) for k, v in one.items())
+    assert (out / "weights.safetensors").read_bytes() == (tmp_path / "run" / "weights.safetensors").read_bytes()
     assert (out / "tokenizer" / "tokenizer.json").read_bytes() == (tmp_path / "run" / "tokenizer" / "tokenizer.json").read_bytes()
 
 
