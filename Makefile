@@ -4,7 +4,7 @@ PYTHON ?= python3
 # Set TORCH (and PIP_INDEX_URL or PIP_EXTRA_INDEX_URL) for another build.
 TORCH ?= torch==2.13.0
 TORCHVISION ?= torchvision==0.28.0
-EXTRAS ?= test,video,audio,parquet,hub,milvus,docs
+EXTRAS ?= test,video,audio,parquet,hub,milvus,ray
 BIN := .venv/bin
 STAMP := .venv/.stamp
 DOCS_STAMP := .venv/.stamp-docs
@@ -36,6 +36,10 @@ $(STAMP): pyproject.toml
 	$(BIN)/pip install -q --no-deps '$(TORCHVISION)' timm open_clip_torch
 	touch $@
 
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/pip install -q -e '.[docs]'
+	touch $@
+
 demo: env
 	env -u OMP_NUM_THREADS $(BIN)/python scripts/demo.py
 
@@ -50,7 +54,7 @@ test: lint
 golden: env
 	$(BIN)/python -m tests.golden.refresh
 
-docs: env
+docs: $(DOCS_STAMP)
 	$(BIN)/python scripts/gen_docs.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "open site/index.html"

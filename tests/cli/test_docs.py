@@ -1,7 +1,10 @@
 """The pages that are generated say what the command line says; the others name nothing that does not exist."""
 import importlib.util
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,3 +85,13 @@ def test_nothing_committed_names_a_place_outside():
     for path in [*PROSE, ROOT / "Makefile", ROOT / "mkdocs.yml", *(ROOT / "scripts").glob("*.py"), *(ROOT / "polysense").rglob("*.py")]:
         found = re.findall(r"(?<![\w.~])/(?:work|root|home)/\S+|pypi\.\w+|download\.pytorch", path.read_text(encoding="utf-8"))
         assert not found, f"{path.name}: {found}"
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings")
+    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "polysense.pipeline.Pipeline.explain" in (tmp_path / "site" / "api.html").read_text(encoding="utf-8")
+    assert "--resume" in (tmp_path / "site" / "commands" / "polysense-train.html").read_text(encoding="utf-8")

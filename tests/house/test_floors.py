@@ -107,4 +107,7 @@ def test_listing_the_catalogue_imports_no_torch():
 def test_the_floor_plan_matches_import_linter():
     import tomllib
     contracts = tomllib.loads((ROOT.parent / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]["contracts"]
-    assert contracts, "import-linter's contracts live in pyproject.toml"
+    here = {f for f in (floor_of(p) for p in FILES) if f in set(MAY) | {"cli"}}
+    forbidden = {floor_of(ROOT / f"{c['source_modules'][0].split('.')[1]}.py"): {m.split(".")[1].split("_")[0] for m in c["forbidden_modules"]}
+                 for c in contracts if c["type"] == "forbidden"}
+    assert forbidden == {f: here - MAY[f] - {f} for f in here - {"cli"}}, "pyproject.toml and MAY disagree"
