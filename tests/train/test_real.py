@@ -5,18 +5,20 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from polysense.base.errors import UserError
-from polysense.base.plan import Start
+from polysense.base.plan import Feed, ImagePlan, Optim, Preset, Stage, Start, TextPlan, ViewPlan
 from polysense.nn.position import fit_positions
+from polysense.systems.align.clip import CLIP, body, config
 from polysense.train import starts
-from polysense.train.run import Finished, Saved, Started, Stepped, load_run, train
+from polysense.train.run import Finished, Saved, Started, Stepped, load_run, override, train, train_preset
 
-SMALL = {"batch_size": 8, "vision.body.depth": 1, "vision.body.width": 32, "vision.body.heads": 2, "text.body.depth": 1, "text.body.width": 32,
-         "text.body.heads": 2, "image_head.into": 32, "text_head.into": 32, "vision.image_size": 16, "feed.image.size": 16,
-         "feed.train_image.size": 16}
+SMALL = Preset(
+    data="digits", config=config(16, 8, body(32, 1, 2), body(32, 1, 2), dim=24, vocab=4096, length=48, end=2),
+    feed=Feed(image=ImagePlan(size=16), train_image=ViewPlan(size=16, scale=(0.6, 1.0), flip=0.5), text=TextPlan(vocab=4096, length=48)),
+    stages=(Stage(objective=CLIP.compare, embed=CLIP.embed, steps=6, batch_size=8, optim=Optim(lr=1e-3, weight_decay=0.2, clip=1.0)),))
 
 
-def clip(out, **options):
-    return train("clip", data="digits", out=out, device="cpu", **{"steps": 6, "overrides": SMALL, **options})
+def clip(out, changes=None, **options):
+    return train_preset("clip", override(SMALL, changes or {}), ("image", "text"), out=out, device="cpu", **options)
 
 
 @pytest.fixture(scope="module")
@@ -41,17 +43,17 @@ def test_a_resumed_clip_is_bit_identical(whole, tmp_path):
 
 def test_the_run_opens_without_being_told_what_it_is(whole):
     run = load_run(whole[0])
-    assert run.id == "clip" and run.preset.stages[0].batch_size == 8 and run.facts["overrides"]["batch_size"] == 8
+    assert run.id == "clip" and run.preset == SMALL
     with torch.inference_mode():
         features = run.system.encode_text(run.tokenizer(["the digit seven", "the digit two"]))
-    assert features.shape == (2, 192) and not run.system.training
+    assert features.shape == (2, 24) and not run.system.training
 
 
 def test_what_does_not_fit_together_is_said_before_the_first_step(tmp_path):
-    for options, said in (({"overrides": {**SMALL, "feed.text.vocab": 8000, "text.vocab": 40}}, "tokens, but config.text.vocab=40"),
-                          ({"overrides": {**SMALL, "batch_size": 5000}}, "a batch of 5000 is larger than digits"),
-                          ({"overrides": {**SMALL, "optim.name": "adamm"}}, "no optimiser 'adamm'"),
-                          ({"overrides": {**SMALL, "precision": "fp8"}}, "no precision 'fp8'"),
+    for options, said in (({"changes": {"feed.text.vocab": 8000, "text.vocab": 40}}, "tokens, but config.text.vocab=40"),
+                          ({"changes": {"batch_size": 5000}}, "a batch of 5000 is larger than digits"),
+                          ({"changes": {"optim.name": "adamm"}}, "no optimiser 'adamm'"),
+                          ({"changes": {"precision": "fp8"}}, "no precision 'fp8'"),
                           ({"split": "nowhere"}, "split")):
         with pytest.raises(UserError, match=said) as caught:
             list(clip(tmp_path / said[:5], **options))
