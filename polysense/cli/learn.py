@@ -17,7 +17,7 @@ Device = Annotated[str | None, typer.Option(metavar="DEVICE", help="cuda, mps or
 
 def train(id: Id,
           overrides: Annotated[list[str] | None, typer.Argument(metavar="[dotted=value]...", help="Changes to the preset, checked against its "
-                                                                "fields: vision.body.depth=4 optim.lr=5e-4", show_default=False)] = None,
+                                                                "fields: text.body.depth=6 optim.lr=5e-4", show_default=False)] = None,
           preset: Annotated[str | None, typer.Option(metavar="PRESET", help="Which configuration; `polysense show ID` lists them.  "
                                                      "[default: tiny]")] = None,
           data: Annotated[str | None, typer.Option(metavar="DATA", help="A set's name or a path; a+b joins.  [default: the preset's own]")] = None,
@@ -39,7 +39,7 @@ def train(id: Id,
     Examples
       polysense train clip --data scenes --out runs/clip
       polysense train clip --data "photos.csv?image=path&caption=title" --minutes 30
-      polysense train clip optim.lr=5e-4 vision.body.depth=8
+      polysense train clip optim.lr=5e-4 text.body.depth=6
       polysense train clip --out runs/clip --resume
       torchrun --nproc-per-node 2 -m polysense train clip --out runs/clip
     """

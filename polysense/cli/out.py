@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-WIDE = 160                                           # columns where there is no terminal to ask
+WIDE = 200                                           # columns where there is no terminal to ask
 
 
 class Stopped(Exception):
@@ -37,15 +37,14 @@ def json_out(value: Any) -> None:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, right: Sequence[str] = (), title: str | None = None) -> None:
-    """Aligned columns; the last one wraps, the others never do."""
+    """Aligned columns; the first one never wraps."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     made = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False, show_edge=False)
     for i, name in enumerate(columns):
-        made.add_column(name, justify="right" if name in right else "left", no_wrap=i < len(columns) - 1, overflow="fold",
-                        style="bold" if i == 0 else None)
+        made.add_column(name, justify="right" if name in right else "left", no_wrap=i == 0, overflow="fold", style="bold" if i == 0 else None)
     for row in rows:
         made.add_row(*(Text("" if v is None else str(v)) for v in row))
     console().print(made)

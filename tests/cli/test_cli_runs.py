@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from polysense.cli import main
 
-TOY = ["vision.body.depth=1", "text.body.depth=1", "batch_size=16"]
+TOY = ["text.body.depth=1", "batch_size=16"]
 
 
 def run(*words: object) -> int:
@@ -40,7 +40,7 @@ def test_train_leaves_a_whole_run_folder(place):
     facts = json.loads((folder / "run.json").read_text())
     assert facts["system"] == "clip" and facts["data"] == "digits" and facts["plan"]["stages"][0]["steps"] == 2
     assert [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()] == [1, 2]
-    assert "config.vision.body.depth = 1" in (folder / "preset.txt").read_text()
+    assert "config.text.body.depth = 1" in (folder / "preset.txt").read_text()
 
 
 def test_training_twice_from_one_seed_is_the_same(place, tmp_path, capsys):
@@ -158,7 +158,7 @@ def test_report_is_one_file_with_everything(place, tmp_path, capsys):
     assert page.count("<svg") == 4 and page.count("data:image/jpeg;base64,") > 30
     assert not re.search(r"""(src|href)=(?!["'](data:|#))""", page), "the page loads something from outside"
     assert "<script>" not in page and "<b>bold" not in page and "&lt;script&gt;" in page
-    for line in ("a five", "Retrieval on digits", "R@10", "polysense train clip --preset tiny --data digits", "config.vision.body.depth = 1"):
+    for line in ("a five", "Retrieval on digits", "R@10", "polysense train clip --preset tiny --data digits", "config.text.body.depth = 1"):
         assert line in page
 
 
