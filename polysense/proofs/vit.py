@@ -6,7 +6,7 @@ from polysense.proofs.arms import accuracy, some_of, train_arm
 from polysense.proofs.harness import Outcome
 from polysense.systems.backbone import vit
 
-METRIC, HIGHER_IS_BETTER = "mnist accuracy, ViT 4x96 of patch 4 at 28 px, 300 steps", True
+METRIC, HIGHER_IS_BETTER = "mnist accuracy, ViT 4x96 of patch 4 at 28 px, 600 steps of 64", True
 DATA = "mnist (30,000 train, 2,000 test); scenes:single (8,000) before 500 labels of mnist"
 NEEDS = ("image", "label")
 
@@ -14,7 +14,8 @@ NEEDS = ("image", "label")
 def small(steps: int, classes: int = 10, frozen: tuple[str, ...] = ("*",)) -> Preset:
     base = vit.tiny()
     return base.but(config=base.config.but(backbone=vit.tower(28, 4, 96, 4, 3), head=LinearBias.Config(into=96, out=classes))).but(
-        **{"feed.image.size": 28, "feed.train_image.size": 28, "feed.train_image.scale": (0.8, 1.0), "stages.0.steps": steps,
+        **{"feed.image.size": 28, "feed.train_image.size": 28, "feed.train_image.scale": (0.9, 1.0), "stages.0.steps": steps,
+           "stages.0.batch_size": 64, "stages.0.optim.lr": 2e-3,
            "stages.0.trainable": frozen})
 
 
@@ -24,13 +25,13 @@ def without_positions(system: System) -> None:
 
 def run(seed: int) -> Outcome:
     train, test = source("mnist"), some_of(source("mnist", split="test"), 2000, 0)
-    whole = accuracy(train_arm("vit", small(300), train, needs=NEEDS, seed=seed).subject, test)
+    whole = accuracy(train_arm("vit", small(600), train, needs=NEEDS, seed=seed).subject, test)
     still = ("backbone.cls", "backbone.patch.*", "backbone.body.*", "head.*")                    # positions stay at zero
-    placeless = accuracy(train_arm("vit", small(300, frozen=still), train, needs=NEEDS, seed=seed, prepare=without_positions).subject, test)
+    placeless = accuracy(train_arm("vit", small(600, frozen=still), train, needs=NEEDS, seed=seed, prepare=without_positions).subject, test)
     shapes = source(f"scenes:single?n=8000&seed={seed}")
-    taught = train_arm("vit", small(300, classes=len(shapes.classes)), shapes, needs=NEEDS, seed=seed).subject.system.backbone.state_dict()
+    taught = train_arm("vit", small(400, classes=len(shapes.classes)), shapes, needs=NEEDS, seed=seed).subject.system.backbone.state_dict()
     few = some_of(train, 500, seed)
-    fine = accuracy(train_arm("vit", small(150), few, needs=NEEDS, seed=seed, prepare=lambda s: s.backbone.load_state_dict(taught)).subject, test)
-    fresh = accuracy(train_arm("vit", small(150), few, needs=NEEDS, seed=seed).subject, test)
+    fine = accuracy(train_arm("vit", small(200), few, needs=NEEDS, seed=seed, prepare=lambda s: s.backbone.load_state_dict(taught)).subject, test)
+    fresh = accuracy(train_arm("vit", small(200), few, needs=NEEDS, seed=seed).subject, test)
     return Outcome(whole, {"0.84": 0.84, "without position embeddings": placeless}, {
         "500 labels, after scenes": fine, "500 labels, from scratch": fresh, "pre-training helps": fine > fresh})
