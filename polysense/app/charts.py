@@ -17,7 +17,7 @@ def line_chart(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], *,
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    rc: dict[str, Any] = {"svg.fonttype": "none", "svg.hashsalt": "polysense", "font.size": 9, "font.family": "sans-serif", "text.color": INK,
+    rc: Any = {"svg.fonttype": "none", "svg.hashsalt": "polysense", "font.size": 9, "font.family": "sans-serif", "text.color": INK,
                           "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.edgecolor": INK}
     with rc_context(rc):
         figure = Figure(size, layout="constrained")

@@ -75,7 +75,8 @@ def main(words: list[str] | None = None) -> int:
             raise
         import os
 
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())     # what is still buffered goes nowhere, quietly
+        if sys.__stdout__:                           # what is still buffered goes nowhere, quietly
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
         sys.stdout = sys.__stdout__
         return 0
     except UserError as error:
