@@ -11,7 +11,7 @@ DATA = "scenes:single (8,000 pictures, shape labels), then mnist (10 or 100 labe
 
 
 def transfer(classes: int, steps: int) -> Preset:
-    return supervised.finetune().but(config=supervised.finetune().config.but(head=LinearBias.Config(into=128, out=classes, std=0.0))).but(
+    return supervised.finetune().but(config=supervised.finetune().config.but(head=LinearBias.Config(into=192, out=classes, std=0.0))).but(
         **{"stages.0.steps": steps, "feed.train_image.flip": 0.0, "feed.train_image.scale": (0.8, 1.0)})
 
 

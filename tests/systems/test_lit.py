@@ -82,3 +82,7 @@ def test_the_text_feature_is_the_raw_cls_state_and_padding_is_masked():
     torch.testing.assert_close(encoded.pooled, encoded.tokens[:, 0])
     torch.testing.assert_close(system.encode_text(text), system.encode_text(text[:, :4]))
     assert not torch.allclose(system.encode_text(torch.tensor([[1, 9, 7, 2]])), system.encode_text(text), atol=1e-4), "[CLS] sees what follows it"
+
+
+def test_the_locked_tower_is_the_one_that_supervised_pre_trains():
+    assert preset_of("lit").config.vision == preset_of("supervised").config.backbone

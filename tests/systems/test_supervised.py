@@ -50,7 +50,7 @@ def test_fine_tuning_moves_lower_layers_slower_and_every_parameter_once():
             rate[names[id(p)]] = group["lr"]
             seen.append(id(p))
     assert sorted(seen) == sorted(names), "each parameter exactly once"
-    order = [rate["backbone.patch.weight"], *(rate[f"backbone.body.blocks.{i}.mlp.up.weight"] for i in range(4)), rate["head.weight"]]
+    order = [rate["backbone.stem.conv.weight"], *(rate[f"backbone.stages.{i}.0.conv1.weight"] for i in range(4)), rate["head.weight"]]
     assert order == sorted(set(order)), order
     assert order[1] / order[2] == pytest.approx(0.75)
 

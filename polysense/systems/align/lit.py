@@ -9,6 +9,7 @@ The locked tower is in eval mode and has no gradient, so its features of a fixed
 is used in place of its pictures, with the same loss. The six settings differ in `trainable` and `starts` only.
 """
 from dataclasses import dataclass
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,9 +20,11 @@ from polysense.base.system import Batch, Feed, ImagePlan, Losses, Optim, Preset,
 from polysense.nn.block import PostNorm, PreNorm
 from polysense.nn.head import LinearBias, Nothing
 from polysense.nn.norm import LayerNorm
+from polysense.nn.residual import Basic, Stem
 from polysense.nn.transformer import Transformer
 from polysense.objectives.contrastive import info_nce
 from polysense.towers.bert import Bert
+from polysense.towers.resnet import ResNet
 from polysense.towers.vit import ViT
 
 card = Card(
@@ -51,7 +54,7 @@ class LiT(DualEncoder):
         return Losses(contrast=info_nce(seen["image"], seen["text"], self.scale))
 
 
-def config(image: ViT.Config, text: Bert.Config) -> LiT.Config:
+def config(image: Any, text: Bert.Config) -> LiT.Config:
     """No image head: the text is projected to the image tower's width."""
     return LiT.Config(vision=image, text=text, image_head=Nothing.Config(),
                       text_head=LinearBias.Config(into=text.width, out=image.width, std=text.width ** -0.5), scale=10.0)
@@ -69,6 +72,11 @@ def words(vocab: int, length: int, width: int, depth: int, heads: int) -> Bert.C
         width=width, depth=depth, heads=heads, norm=None, block=PostNorm.Config(norm=norm)))
 
 
+def tower() -> ResNet.Config:
+    """The tower of `supervised` tiny, which lends its weights."""
+    return ResNet.Config(layers=(1, 1, 1, 1), base=24, stem=Stem.Config(kernel=3, stride=2, pool=0), block=Basic.Config())
+
+
 HALF = (0.5, 0.5, 0.5)
 LOCKED = ("text.*", "text_head.*", "log_scale")
 IMAGE, TEXT = Start(into="vision", from_="supervised", take="backbone"), Start(into="text", from_="lit", take="text", preset="tiny_uu")
@@ -76,7 +84,7 @@ IMAGE, TEXT = Start(into="vision", from_="supervised", take="backbone"), Start(i
 
 def _tiny(trainable: tuple[str, ...], *starts: Start) -> Preset:
     return Preset(
-        data="scenes:combos", starts=starts, config=config(sight(64, 8, 128, 4, 2), words(2048, 32, 128, 2, 2)),
+        data="scenes:combos", starts=starts, config=config(tower(), words(2048, 32, 128, 2, 2)),
         feed=Feed(image=ImagePlan(size=64, mean=HALF, std=HALF), text=TextPlan(kind="wordpiece", vocab=2048, length=32)),
         stages=(Stage(objective=LiT.compare, embed=LiT.embed, trainable=trainable, steps=300, batch_size=128,
                       optim=Optim(lr=1e-3, weight_decay=1e-4, warmup=30, clip=1.0)),))

@@ -14,13 +14,11 @@ from dataclasses import dataclass
 from polysense.archetypes.classifier import Classifier
 from polysense.base.card import Card
 from polysense.base.system import Batch, Feed, ImagePlan, Losses, Optim, Preset, Spec, Stage, Start, ViewPlan, final
-from polysense.nn.block import PreNorm
 from polysense.nn.head import LinearBias
-from polysense.nn.norm import LayerNorm
-from polysense.nn.transformer import Transformer
+from polysense.nn.residual import Basic, Stem
 from polysense.objectives.classify import sigmoid_ce, softmax_ce
 from polysense.towers.bit import Bit
-from polysense.towers.vit import ViT
+from polysense.towers.resnet import ResNet
 
 card = Card(
     name="Supervised pre-training", paper="Kolesnikov et al., Big Transfer (BiT): General Visual Representation Learning, ECCV 2020",
@@ -51,24 +49,23 @@ class Supervised(Classifier):
 HALF = (0.5, 0.5, 0.5)
 
 
-def tower() -> ViT.Config:
+def tower() -> ResNet.Config:
     """The image tower that `tiny` pre-trains and that `lit` locks."""
-    norm = LayerNorm.Config(eps=1e-6)
-    return ViT.Config(image_size=64, patch=8, body=Transformer.Config(width=128, depth=4, heads=2, norm=norm, block=PreNorm.Config(norm=norm)))
+    return ResNet.Config(layers=(1, 1, 1, 1), base=24, stem=Stem.Config(kernel=3, stride=2, pool=0), block=Basic.Config())
 
 
 def tiny() -> Preset:
     return Preset(
-        data="scenes:combos", config=Supervised.Config(backbone=tower(), head=LinearBias.Config(into=128, out=256)),
+        data="scenes:combos", config=Supervised.Config(backbone=tower(), head=LinearBias.Config(into=192, out=256)),
         feed=Feed(image=ImagePlan(size=64, mean=HALF, std=HALF), train_image=ViewPlan(size=64, scale=(0.6, 1.0), flip=0.5)),
-        stages=(Stage(objective=Supervised.losses, steps=400, batch_size=128, optim=Optim(lr=1e-3, weight_decay=0.05, warmup=40, clip=1.0)),))
+        stages=(Stage(objective=Supervised.losses, steps=400, batch_size=128, optim=Optim(lr=2e-3, weight_decay=0.05, warmup=40, clip=1.0)),))
 
 
 def finetune() -> Preset:
     """Carry `tiny` to another set of labels: new zero head, every weight, lower layers slower."""
     return tiny().but(
         data="digits", starts=(Start(into="backbone", from_="supervised", take="backbone"),),
-        config=Supervised.Config(backbone=tower(), head=LinearBias.Config(into=128, out=10, std=0.0)),
+        config=Supervised.Config(backbone=tower(), head=LinearBias.Config(into=192, out=10, std=0.0)),
         stages=(Stage(objective=Supervised.losses, steps=150, batch_size=64,
                       optim=Optim(lr=1e-3, weight_decay=0.05, warmup=15, layer_decay=0.75, clip=1.0)),))
 
