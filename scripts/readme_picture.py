@@ -1,8 +1,8 @@
 """Draws docs/images/search.png: searches in drawn scenes with heat-maps. Nobody's photographs are in it.
 
-    polysense train clip --data scenes --minutes 30 --out runs/scenes
-    polysense data get scenes pictures --split val -n 400 && polysense index pictures -m runs/scenes
-    python scripts/readme_picture.py runs/scenes pictures "a red circle" "a striped square" "the digit seven"
+    polysense train clip --data scenes:single --steps 3000 --minutes 30 --out runs/scenes
+    polysense data get scenes:single pictures --split val -n 500 && polysense index pictures -m runs/scenes
+    python scripts/readme_picture.py runs/scenes pictures "a red ring" "an orange crescent" "a purple heart"
 """
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import polysense
 from polysense.app.index import NAME, Index
 from polysense.app.search import search
 
-SIDE, GAP, LEFT, SHOWN = 132, 8, 250, 5
+SIDE, GAP, LEFT, SHOWN = 124, 8, 250, 5
 OUT = Path(__file__).resolve().parents[1] / "docs" / "images" / "search.png"
 
 
@@ -38,7 +38,7 @@ def main(run: str, pictures: str, queries: list[str]) -> None:
                 sheet.paste(hit.why.image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS), (x, y))
                 sheet.paste(hit.why.overlay().resize((SIDE, SIDE), Image.Resampling.LANCZOS), (x, y + SIDE + GAP))
     OUT.parent.mkdir(parents=True, exist_ok=True)
-    sheet.quantize(192, dither=Image.Dither.NONE).save(OUT, optimize=True)
+    sheet.quantize(256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.FLOYDSTEINBERG).save(OUT, optimize=True)
     print(f"{OUT}: {OUT.stat().st_size // 1000} kB")
 
 
