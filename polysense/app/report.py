@@ -26,12 +26,13 @@ HITS, LABELLED = 6, 12
 
 
 def write_report(run: str | Path, out: str | Path, *, index: str | Path | None = None, queries: Sequence[str] = (),
-                 labels: str | Path | Sequence[str] | None = None, device: str | None = None, progress: Progress | None = None,
-                 notes: Sequence[str] = ()) -> Path:
+                 labels: str | Path | Sequence[str] | None = None, templates: Sequence[str] | None = None, device: str | None = None,
+                 progress: Progress | None = None, notes: Sequence[str] = ()) -> Path:
     """Writes the page and returns its path.
 
-    `index`: indexed pictures; `queries` are searched in it, and LABELLED of its pictures get the `labels` (zero-shot). `notes`: paragraphs to
-    print below the title. `progress(done, total)` counts the parts. Raises UserError where the run or the index cannot be read.
+    `index`: indexed pictures; `queries` are searched in it, and LABELLED of its pictures get the `labels` (zero-shot, in the `templates`).
+    `notes`: paragraphs to print below the title. `progress(done, total)` counts the parts. Raises UserError where the run or the index
+    cannot be read.
     """
     run, out = Path(run), Path(out)
     from polysense.train.folder import read_facts
@@ -67,7 +68,7 @@ def write_report(run: str | Path, out: str | Path, *, index: str | Path | None =
                 from polysense.app.label import read_labels
 
                 page["labels"] = read_labels(labels)
-                page["labelled"] = labelled(pipeline, opened.paths(), page["labels"], captions)
+                page["labelled"] = labelled(pipeline, opened.paths(), page["labels"], captions, templates)
                 tick()
     page["commands"] = commands(run, facts, index, page)
     html = environment().get_template("report.html").render(**page)
@@ -220,13 +221,16 @@ def searched(index: Any, pipeline: Any, query: str, captions: Captions) -> dict[
          "words": ", ".join(w.word for w in h.why.words) if h.why else ""} for h in hits]}
 
 
-def labelled(pipeline: Any, paths: Sequence[str], labels: Sequence[str], captions: Captions) -> list[dict[str, Any]]:
+def labelled(pipeline: Any, paths: Sequence[str], labels: Sequence[str], captions: Captions,
+             templates: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """LABELLED pictures, evenly spread over the index, with the three most probable labels of each."""
+    from polysense.pipeline import TEMPLATES
+
     chosen = [paths[round(i * (len(paths) - 1) / max(1, LABELLED - 1))] for i in range(LABELLED)] if len(paths) > LABELLED else list(paths)
     readable = [p for p in dict.fromkeys(chosen) if data_url(p)]
     return [{"image": data_url(p), "name": Path(p).name, "caption": captions(p),
              "labels": [(name, f"{100 * chance:.0f}") for name, chance in said.labels]}
-            for p, said in zip(readable, pipeline.label(readable, labels, top=3) if readable else [], strict=True)]
+            for p, said in zip(readable, pipeline.label(readable, labels, templates or TEMPLATES, top=3) if readable else [], strict=True)]
 
 
 def data_url(picture: Image.Image | str) -> str:

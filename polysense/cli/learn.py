@@ -175,6 +175,8 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder
            index: Annotated[Path | None, typer.Option(metavar="DIR", help="Indexed pictures to search and label for the report.")] = None,
            query: Annotated[list[str] | None, typer.Option("--query", "-q", metavar="TEXT", help="A search to show; repeatable.")] = None,
            labels: Annotated[Path | None, typer.Option(metavar="FILE", help="Labels, one a line, for some of the pictures.")] = None,
+           template: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="A sentence with {} for the label; several are averaged.  "
+                                                              "[default: a photo of a {}.]")] = None,
            device: Device = None) -> None:
     """Write a report of a run as one self-contained HTML page: curves, exams, searches with heat-maps, labels, how to go on.
 
@@ -191,7 +193,8 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder
     if labels and index is None:
         raise UserError("--labels are given to indexed pictures", "say which index with --index")
     with Bar("report", "parts") as bar:
-        say(str(write_report(run, out or run / "report.html", index=index, queries=query or (), labels=labels, device=device, progress=bar)))
+        say(str(write_report(run, out or run / "report.html", index=index, queries=query or (), labels=labels, templates=template,
+                             device=device, progress=bar)))
 
 
 def prove(id: Id,
