@@ -163,7 +163,7 @@ def test_report_is_one_file_with_everything(place, tmp_path, capsys):
 
 
 def test_report_of_a_run_that_was_never_examined(tmp_path):
-    words = ["backbone.body.depth=1", "batch_size=8", "--data", "digits", "--steps", 1, "--workers", 0]
+    words = ["batch_size=8", "--data", "digits", "--steps", 1, "--workers", 0]
     assert run("train", "supervised", *words, "--out", tmp_path / "s") == 0
     assert run("report", tmp_path / "s") == 0
     page = (tmp_path / "s" / "report.html").read_text()
