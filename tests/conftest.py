@@ -1,7 +1,11 @@
-"""Every test runs on one thread (xdist uses the cores), from the same seed."""
+"""Every test runs on one thread (xdist uses the cores), from the same seed, with the data sets beside the checkout where they are there."""
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+nearby = Path(__file__).parents[2] / "shared" / "data"
+if nearby.is_dir():
+    os.environ.setdefault("POLYSENSE_DATA", str(nearby))
 
 import pytest
 import torch

@@ -8,7 +8,7 @@ import torch
 from polysense.base.batch import Batch
 from polysense.base.system import Preset, System
 from polysense.data.loader import Loader
-from polysense.data.sources import Source, Subset
+from polysense.data.sources import Sample, Source, Subset
 from polysense.data.tokenizer import make_tokenizer
 from polysense.pipeline import Pipeline
 from polysense.tasks import take
@@ -71,6 +71,19 @@ def few_of_each(source: Source, each: int, seed: int) -> Subset:
 def some_of(source: Source, n: int, seed: int) -> Subset:
     """n random samples."""
     return Subset(source, torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))[:n].tolist())
+
+
+class Present(Subset):
+    """A source with only the classes that occur in it, numbered anew: the candidates of a zero-shot exam on unseen classes."""
+
+    def __init__(self, base: Source):
+        super().__init__(base, range(len(base)))
+        seen = sorted(set(base.labels()))
+        self.classes, self.number = tuple(base.classes[c] for c in seen), {c: i for i, c in enumerate(seen)}
+
+    def _about(self, i: int) -> Sample:
+        about = self.base.about(i)
+        return {**about, "label": self.number[int(about["label"])]}
 
 
 def exam(name: str, subject: Any, test: Source, metric: str, train: Source | None = None, **options: Any) -> float:

@@ -11,7 +11,7 @@ from polysense.systems.align import slip
 
 METRIC, HIGHER_IS_BETTER = "linear-probe accuracy on cifar10 (4,000 train, 2,000 test)", True
 DATA = "natural_captions (train), probed on cifar10; retrieval on natural_captions (dev)"
-STEPS = 350
+STEPS = 250
 
 
 def weighted(**terms: float) -> Preset:
