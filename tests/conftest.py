@@ -7,8 +7,8 @@ nearby = Path(__file__).parents[2] / "shared" / "data"
 if nearby.is_dir():
     os.environ.setdefault("POLYSENSE_DATA", str(nearby))
 
-import pytest
-import torch
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
