@@ -13,7 +13,7 @@ from polysense.app.search import search
 from polysense.base.errors import UserError
 from polysense.train.run import train
 
-SMALL = {"config.vision.body.depth": 1, "config.text.body.depth": 1, "batch_size": 8}
+SMALL = {"config.text.body.depth": 1, "batch_size": 8}
 CAPTIONS = ["a red square", "a green square", "a blue square"]
 
 
@@ -44,7 +44,7 @@ def test_a_run_folder_opens_and_does_every_verb(run, photos):
     assert np.abs(images - exact).max() < 0.03, "bf16 may cost that much, not more"
     assert len(eye.label(paths, CAPTIONS)[0].labels) == 3
     told = eye.explain(paths[0], "a red square")
-    assert told.whole.patches.shape == (8, 8) and told.whole.map.shape == (70, 90)
+    assert told.whole.patches.shape == (4, 4) and told.whole.map.shape == (70, 90)
     assert all(0 <= v <= 1 for d in eye.detect(paths[0], ["square"], scales=(1.0,), threshold=0.0) for v in d.box)
     with pytest.raises(UserError, match=r"cannot classify: systems that can classify: .*vit"):
         eye.classify(paths)
