@@ -18,7 +18,9 @@ SWEEP = tuple(10.0 ** e for e in range(-2, 7))
 
 def run(subject: Any, test: Any, train: Any, *, sweep: Sequence[float] = SWEEP, validation: float = 0.2, seed: int = 0,
         batch_size: int = 64, progress: Progress | None = None) -> Result:
-    """`sweep`: values of C tried, rising until two in a row are worse; two more, half a step to either side of the best, follow. `validation`: share of the training data."""
+    """`sweep`: values of C tried, rising until two in a row are worse; two more, half a step to either side of the best, follow.
+
+    `validation`: share of the training data."""
     learn = encode_all_images(subject, train, progress, batch_size=batch_size)
     asked = encode_all_images(subject, test, progress, batch_size=batch_size)
     names, (x, y) = class_names(asked, learn), learn.labelled()
