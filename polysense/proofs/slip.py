@@ -9,9 +9,9 @@ from polysense.proofs.arms import exam, some_of, train_arm
 from polysense.proofs.harness import Outcome
 from polysense.systems.align import slip
 
-METRIC, HIGHER_IS_BETTER = "linear-probe accuracy on cifar10 (4,000 train, 2,000 test)", True
+METRIC, HIGHER_IS_BETTER = "linear-probe accuracy on cifar10 (3,000 train, 2,000 test)", True
 DATA = "natural_captions (train), probed on cifar10; retrieval on natural_captions (dev)"
-STEPS = 250
+STEPS = 200
 
 
 def weighted(**terms: float) -> Preset:
@@ -20,7 +20,7 @@ def weighted(**terms: float) -> Preset:
 
 def run(seed: int) -> Outcome:
     pairs, dev = source("natural_captions"), source("natural_captions", split="dev")
-    labelled, test = some_of(source("cifar10"), 4000, seed), source("cifar10", split="test")
+    labelled, test = some_of(source("cifar10"), 3000, seed), source("cifar10", split="test")
     arms = {name: train_arm("slip", plan, pairs, needs=("image", "text", "views"), seed=seed).subject
             for name, plan in {"slip": weighted(), "clip": weighted(ssl=0.0), "simclr": weighted(clip=0.0)}.items()}
     probe = {name: exam("linear_probe", subject, test, "accuracy", train=labelled) for name, subject in arms.items()}
