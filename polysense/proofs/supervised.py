@@ -1,4 +1,7 @@
-"""What labels taught on rendered shapes carries over to handwriting: fine-tuning beats a probe, a probe beats one on random weights."""
+"""What labels taught on rendered shapes carries over to handwriting: fine-tuning beats a probe, a probe beats one on random weights.
+
+Not blind: with a small ViT the order was seen to fail on these test pictures (0.37, 0.44, 0.51) before the tower became a ResNet.
+"""
 from polysense.base.system import Preset, System
 from polysense.data import source
 from polysense.nn.head import LinearBias
