@@ -73,6 +73,11 @@ def some_of(source: Source, n: int, seed: int) -> Subset:
     return Subset(source, torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))[:n].tolist())
 
 
+def rest_of(source: Source, n: int, seed: int) -> Subset:
+    """The samples that `some_of(source, n, seed)` leaves out."""
+    return Subset(source, torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))[n:].tolist())
+
+
 class Present(Subset):
     """A source with only the classes that occur in it, numbered anew: the candidates of a zero-shot exam on unseen classes."""
 

@@ -38,7 +38,7 @@ class Mismatched(ListSource):
 
 
 def run(seed: int) -> Outcome:
-    train, unseen = source(f"scenes:combos?n=8000&seed={seed}"), Present(source("scenes:combos?n=1000", split="test"))
+    train, unseen = source(f"scenes:combos?n=8000&seed={seed}"), Present(source("scenes:combos?n=1000&seed=1001", split="test"))
     chance = 1 / len(unseen.classes)
     honest = train_arm("clip", small(600), train, needs=NEEDS, seed=seed)
     control = train_arm("clip", small(600), Mismatched(train), needs=NEEDS, seed=seed)

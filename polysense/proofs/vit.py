@@ -1,11 +1,11 @@
 """A small ViT reads handwriting, needs to know where its patches stand, and gains from pre-training when labels are few.
 
-Not blind: 300 steps of batch 128 were seen to reach 0.72 on these test pictures before steps and rate were raised.
+Steps and rate were chosen on the first 2,000 test pictures of a fixed shuffle; the score is taken on the others, never looked at before.
 """
 from polysense.base.system import Preset, System
 from polysense.data import source
 from polysense.nn.head import LinearBias
-from polysense.proofs.arms import accuracy, some_of, train_arm
+from polysense.proofs.arms import accuracy, rest_of, some_of, train_arm
 from polysense.proofs.harness import Outcome
 from polysense.systems.backbone import vit
 
@@ -27,7 +27,7 @@ def without_positions(system: System) -> None:
 
 
 def run(seed: int) -> Outcome:
-    train, test = source("mnist"), some_of(source("mnist", split="test"), 2000, 0)
+    train, test = source("mnist"), rest_of(source("mnist", split="test"), 2000, 0)
     whole = accuracy(train_arm("vit", small(600), train, needs=NEEDS, seed=seed).subject, test)
     still = ("backbone.cls", "backbone.patch.*", "backbone.body.*", "head.*")                    # positions stay at zero
     placeless = accuracy(train_arm("vit", small(600, frozen=still), train, needs=NEEDS, seed=seed, prepare=without_positions).subject, test)
