@@ -1,5 +1,6 @@
 """What one rank of a torchrun does for test_parallel.py: every way to train the toy over all ranks, the loss curves into OUT/curves.json."""
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -51,3 +52,5 @@ def main(out: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    sys.stdout.flush()
+    os._exit(0)                                                # as in test_spread: torch's threads sometimes abort an unwinding interpreter
