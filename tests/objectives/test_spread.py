@@ -1,4 +1,5 @@
 """Two processes (gloo) against one: mean of the losses, sum-over-ranks gradients, equal and unequal shares of the batch."""
+import faulthandler
 import os
 import tempfile
 from pathlib import Path
@@ -37,6 +38,7 @@ def run(part: slice) -> dict[str, tuple]:
 
 
 def worker(rank: int, folder: str) -> None:
+    faulthandler.enable()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=RANKS)
     for case, cut in (("equal", 4), ("unequal", 7)):
