@@ -11,7 +11,7 @@ from PIL import Image
 from polysense.base.errors import UserError
 from polysense.base.system import ImagePlan
 from polysense.pipeline import Pipeline, grid_boxes, open_pipeline, overlay
-from polysense.pipeline_heat import content_words
+from polysense.pipeline.heat import content_words
 
 
 def scene(*patches: tuple[str, tuple[int, int, int, int]], size=(96, 96), ground=(128, 128, 128)) -> Image.Image:

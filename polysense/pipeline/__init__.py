@@ -20,8 +20,8 @@ from polysense.base.errors import UserError
 from polysense.base.plan import ImagePlan, Preset
 from polysense.base.protocols import fulfils
 from polysense.data.images import decode, read_images, window
-from polysense.pipeline_heat import NEUTRAL, Detection, Explanation, Heat, Labelled, content_words, heat_maps, overlay
-from polysense.pipeline_open import best_device, digest_of, find
+from polysense.pipeline.heat import NEUTRAL, Detection, Explanation, Heat, Labelled, content_words, heat_maps, overlay
+from polysense.pipeline.open import best_device, digest_of, find
 from polysense.tasks.templates import DEFAULT
 from polysense.tasks.zero_shot import templates_of, zero_shot_classifier
 from polysense.train.precision import autocast
