@@ -62,6 +62,27 @@ class GeneratesImage(Protocol):
 
 
 @runtime_checkable
+class Reconstructs(Protocol):
+    def reconstruct(self, image: Tensor) -> Tensor:
+        """image [B,3,H,W], normalised as the feed says -> the same picture as the system sees it, [B,3,H,W], normalised alike."""
+        ...
+
+
+@runtime_checkable
+class EncodesCodes(Protocol):
+    def encode_codes(self, image: Tensor) -> Tensor:
+        """image [B,3,H,W] -> numbers of the codes that stand for it, int [B,h,w]."""
+        ...
+
+
+@runtime_checkable
+class DecodesCodes(Protocol):
+    def decode_codes(self, codes: Tensor) -> Tensor:
+        """codes int [B,h,w] -> image [B,3,H,W], normalised as the feed says."""
+        ...
+
+
+@runtime_checkable
 class RendersView(Protocol):
     def render_view(self, origin: Tensor, direction: Tensor) -> Tensor: ...
 
@@ -90,6 +111,7 @@ class Subject(Protocol):
 CAPABILITIES: dict[str, type] = {
     "encode_image": EncodesImage, "encode_text": EncodesText, "encode_patches": EncodesPatches, "encode_video": EncodesVideo,
     "encode_audio": EncodesAudio, "classify": Classifies, "generate_text": GeneratesText, "generate_image": GeneratesImage,
+    "reconstruct": Reconstructs, "encode_codes": EncodesCodes, "decode_codes": DecodesCodes,
     "render_view": RendersView, "answer_about_video": AnswersAboutVideo,
 }
 
