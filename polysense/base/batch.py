@@ -26,6 +26,7 @@ VOCABULARY: dict[str, Key] = {
     "label": Key("B", "int", "class number"),
     "tags": Key("B C", "float", "multi-label targets, 0 or 1"),
     "video": Key("B T 3 H W", "float", "frames, normalised"),
+    "video_mask": Key("B T", "bool", "True where `video` holds a real frame, False on padding"),
     "audio": Key("B S", "float", "mono samples in [-1, 1] at the feed's rate"),
     "features": Key("B D", "float", "cached pooled features of a locked tower"),
     "regions": Key("B N D", "float", "features of detected regions"),

@@ -41,12 +41,32 @@ class TextPlan(Spec):
 
 
 @dataclass(frozen=True, kw_only=True)
+class VideoPlan(Spec):
+    """Which frames of a clip are read, and how each of them is."""
+    frames: int = 8                                     # how many; 0 with "all": every one
+    sample: str = "uniform"                             # "uniform": evenly over the clip, ends included; "all": from the start, at most `frames`;
+                                                        # "stride": every `stride`-th of a window in the middle, in training anywhere
+    stride: int = 1
+    image: ImagePlan | None = None                      # None: the feed's
+
+
+@dataclass(frozen=True, kw_only=True)
+class AudioPlan(Spec):
+    """How a sound is read: mono, resampled to `rate`. Spectrograms belong to the towers: they are computed from these samples."""
+    rate: int = 16000                                   # samples a second
+    seconds: float | None = None                        # outside training: the middle of longer sounds, silence behind shorter ones; None: as it is
+    train_seconds: float | None = None                  # in training, cut anywhere; None: as outside
+
+
+@dataclass(frozen=True, kw_only=True)
 class Feed(Spec):
-    """How samples become batches. None or empty: that key is not made."""
+    """How samples become batches. None or empty: that key is not made (`video` and `audio` have defaults)."""
     image: ImagePlan | None = None                      # how `image` is read outside training
     train_image: ViewPlan | None = None                 # the random view that becomes `image` in training (None: same as outside)
     views: tuple[ViewPlan, ...] = ()                    # becomes `views`, all of one size
     text: TextPlan | None = None
+    video: VideoPlan | None = None                      # None: 8 frames, uniform, each read as `image` says
+    audio: AudioPlan | None = None                      # None: at the source's rate, padded to the longest
 
 
 @dataclass(frozen=True, kw_only=True)

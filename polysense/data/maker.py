@@ -19,11 +19,10 @@ from torch import Tensor
 
 from polysense.base.batch import VOCABULARY, Batch
 from polysense.base.errors import UserError
-from polysense.base.plan import Feed, ImagePlan, ViewPlan
-from polysense.data import images, views
+from polysense.base.plan import Feed, ImagePlan, VideoPlan, ViewPlan
+from polysense.data import clips, images, views
 from polysense.data.sources import BadSample, Sample, Source, name_of
 
-FRAMES = 8                                              # of a video, evenly spaced
 LEFT = 0.1                                              # share of a box that a crop must leave for it to count as in view
 PIXELS = ("image", "views", "mask", "depth", "hint", "edited", "boxes", "box_label")     # keys made through a picture's geometry
 RECENT = 64                                             # batches whose ids are kept for `names`
@@ -44,9 +43,10 @@ def makeable(feed: Feed, train: bool) -> set[str]:
     """The batch keys that a feed says how to make."""
     picture = (feed.image or (feed.train_image if train else None)) is not None
     texts = {"text", "text_mask", "question", "answer"}
-    geometry = {"image", "boxes", "box_label", "mask", "depth", "hint", "edited", "video"}
-    return ({k for k in VOCABULARY if k not in texts | geometry | {"views"}} | (geometry if picture else set())
-            | (texts if feed.text else set()) | ({"views"} if feed.views else set()))
+    geometry, moving = {"image", "boxes", "box_label", "mask", "depth", "hint", "edited"}, {"video", "video_mask"}
+    return ({k for k in VOCABULARY if k not in texts | geometry | moving | {"views"}} | (geometry if picture else set())
+            | (moving if picture or (feed.video and feed.video.image) else set()) | (texts if feed.text else set())
+            | ({"views"} if feed.views else set()))
 
 
 def check_needs(needs: Iterable[str], offers: Iterable[str], feed: Feed | None = None, name: str = "the data", train: bool = True) -> tuple[str, ...]:
@@ -84,6 +84,8 @@ class Maker:
         self.cache_bytes = cache_bytes
         self.exact = feed.image if feed.image and not (train and feed.train_image) else None
         self.view = feed.train_image if train else None
+        self.clip = feed.video or VideoPlan()
+        self.samples = clips.samples_of(feed.audio, train)
         self.plans = [p for p, key in ([(self.view, "image")] if self.view else []) + [(v, "views") for v in feed.views] if key in keys]
         self.work = views.working_side(self.plans) if self.plans else 0
         largest = getattr(source, "largest", None)
@@ -105,12 +107,13 @@ class Maker:
 
     def _reads(self) -> tuple[str, ...]:
         """Which decoded keys of a sample the batch keys ask for."""
-        reads = [k for k in ("edited", "hint", "depth", "mask", "audio", "video") if k in self.keys]
+        reads = [k for k in ("edited", "hint", "depth", "mask", "audio", "video") if k in self.keys or (k == "video" and "video_mask" in self.keys)]
         return (*(["image"] if any(k in self.keys for k in PIXELS) else []), *reads)
 
     def bytes_a_sample(self) -> int:
         """About what one sample takes in memory once read."""
         exact = 3 * self.exact.size ** 2 if self.exact and "image" in self.keys else 0
+        exact += 3 * self._frame_plan().size ** 2 * (64 if self.clip.sample != "uniform" else self.clip.frames) if "video" in self.reads else 0
         return exact + (3 * min(self.work * self.work * 4 // 3, self.canvas ** 2) if self.plans else 0) + 512
 
     # One sample: read, shrunk to what the views need, kept while there is room.
@@ -139,10 +142,13 @@ class Maker:
             for key in self.reads:
                 thing = load(key)
                 if key == "audio":
-                    out[key] = np.asarray(thing, np.float32)
+                    rate, to = getattr(self.source, "rate", None), self.feed.audio and self.feed.audio.rate
+                    out[key] = clips.resampled(np.asarray(thing, np.float32), rate, to) if rate and to else np.asarray(thing, np.float32)
                 elif key == "video":
-                    picked = np.asarray(thing)[np.linspace(0, len(thing) - 1, FRAMES).round().astype(int)]
-                    out[key] = np.stack([images.pixels(images.fit(images.decode(f), self._plan())) for f in picked])
+                    # A window that moves from epoch to epoch is cut when the batch is made, so all frames are kept for it.
+                    moves = self.train and self.clip.sample == "stride"
+                    frames = thing if moves else np.asarray(thing)[clips.picked(len(thing), self.clip)]
+                    out[key] = np.stack([images.pixels(images.fit(images.decode(f), self._frame_plan())) for f in frames])
                 elif key == "mask":
                     self._keep(out, key, np.asarray(thing).astype(bool))
                 elif key == "depth":
@@ -156,6 +162,9 @@ class Maker:
         finally:
             images.AT_LEAST.reset(reduce)
         return about, out
+
+    def _frame_plan(self) -> ImagePlan:
+        return self.clip.image or self._plan()
 
     def _plan(self) -> ImagePlan:
         if self.feed.image:
@@ -263,6 +272,7 @@ class Maker:
             self._pictures(batch, abouts, arrays, step)
             self._words(batch, abouts, step)
             self._rest(batch, abouts, arrays)
+            self._clips(batch, arrays, step)
         return Made({k: batch[k] for k in VOCABULARY if k in batch and (k in self.keys or k == "index")}, ids, skipped, seen, bad)
 
     def _part(self, step: int, view: int, n: int) -> views.Draw:
@@ -329,14 +339,26 @@ class Maker:
             batch["tags"] = torch.zeros(len(abouts), len(self.source.tag_names))
             rows = [r for r, a in enumerate(abouts) for _ in a["tags"]]
             batch["tags"][rows, [t for a in abouts for t in a["tags"]]] = 1.0
-        if "audio" in self.keys:
-            batch["audio"] = _padded([torch.from_numpy(a["audio"]) for a in arrays], 0.0)
-        if "video" in self.keys:
-            clips, plan = torch.from_numpy(np.stack([a["video"] for a in arrays])), self._plan()
-            batch["video"] = images.normalised(clips.flatten(0, 1), plan).unflatten(0, clips.shape[:2])
         for key in ("regions", "origin", "direction", "rgb"):
             if key in self.keys:
                 batch[key] = _padded([torch.as_tensor(np.asarray(a[key], np.float32)) for a in abouts], 0.0)
+
+
+    def _clips(self, batch: Batch, arrays: list[dict[str, np.ndarray]], step: int) -> None:
+        """`audio` and `video`: in training, windows lie where (seed, step) says; outside, in the middle."""
+        if not {"audio", "video"}.intersection(self.reads):
+            return
+        local = self.batch_size // self.world
+        place = np.random.default_rng([self.seed, step, 2]).random(self.batch_size)[self.rank * local:self.rank * local + len(arrays)]
+        at = place if self.train else np.full(len(arrays), 0.5)
+        if "audio" in self.keys:
+            batch["audio"] = _padded([torch.from_numpy(clips.cut(a["audio"], self.samples, u)) for a, u in zip(arrays, at)], 0.0)
+        if "video" in self.reads:
+            moves = self.train and self.clip.sample == "stride"
+            films = [a["video"][clips.picked(len(a["video"]), self.clip, u)] if moves else a["video"] for a, u in zip(arrays, at)]
+            flat = images.normalised(torch.from_numpy(np.concatenate(films)), self._frame_plan())
+            batch["video"] = _padded(list(flat.split([len(f) for f in films])), 0.0)
+            batch["video_mask"] = torch.arange(batch["video"].shape[1]) < torch.tensor([[len(f)] for f in films])
 
 
 def _held(whole: Sample, key: str) -> Any:

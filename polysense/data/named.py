@@ -140,7 +140,8 @@ def _questions(name: str, split: str, folder: Path, e: Named, options: dict[str,
 
 
 def _triples(name: str, split: str, folder: Path, e: Named, options: dict[str, str]) -> Source:
-    from polysense.data.readers import read_json, read_sound
+    from polysense.data.clips import read_sound
+    from polysense.data.readers import read_json
 
     class Triples(ListSource):
         def _load(self, i: int, key: str) -> Any:

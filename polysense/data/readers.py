@@ -4,17 +4,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from polysense.base.errors import UserError, need_extra
+from polysense.base.errors import UserError
+from polysense.data.clips import decoded, read_sound
 from polysense.data.sources import BadSample, Blob, Sample, Source, offered
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm")
 SOUNDS = ("flac", "wav", "ogg", "mp3")
 MOVIES = ("mp4", "mkv", "webm", "avi", "mov")
+MOST_FRAMES = 512                                       # of a video, from its start
 
 
 class Record:
@@ -70,7 +73,7 @@ class TarSource(Source):
         if key == "audio":
             return read_sound(record.bytes(*SOUNDS), self.rate)
         if key == "video":
-            return read_movie(record.bytes(*MOVIES))
+            return np.stack(list(islice(decoded(record.bytes(*MOVIES)), MOST_FRAMES)))
         return super()._load(i, key)
 
 
@@ -116,29 +119,6 @@ def index_tars(paths: Iterable[str | Path]) -> tuple[list[Record], list[tuple[st
         if blob.damage:
             notes.append((Path(path).name, blob.damage))
     return records, notes
-
-
-def read_sound(data: bytes, rate: int | None = None) -> np.ndarray:
-    """Encoded sound -> mono float32 [S] in [-1, 1]; refuses another sample rate than `rate`. Needs the extra `audio`."""
-    soundfile = need_extra("soundfile", "audio")
-    wave, found = soundfile.read(BytesIO(data), dtype="float32", always_2d=True)
-    if rate and found != rate:
-        raise ValueError(f"{found} samples a second, not {rate}")
-    return wave.mean(1).clip(-1, 1)                     # lossy codecs overshoot
-
-
-def read_movie(data: bytes, most: int = 512) -> np.ndarray:
-    """Encoded video -> uint8 [T,H,W,3], at most `most` frames from the start. Needs the extra `video`."""
-    av = need_extra("av", "video")
-    frames = []
-    with av.open(BytesIO(data)) as movie:
-        for frame in movie.decode(video=0):
-            frames.append(frame.to_ndarray(format="rgb24"))
-            if len(frames) == most:
-                break
-    if not frames:
-        raise ValueError("no frames")
-    return np.stack(frames)
 
 
 class NpzSource(Source):

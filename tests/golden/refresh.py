@@ -1,4 +1,4 @@
-"""Rewrites the golden files on purpose: `make golden`. Review their diff as you would review code."""
+"""Rewrites the golden files (all, or those of the ids given) on purpose: `make golden`. Review their diff as you would review code."""
 import sys
 from pathlib import Path
 
@@ -57,7 +57,8 @@ def read(name: str) -> dict[str, list[str]]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for path in HERE.glob("*.txt"):
-        path.unlink()
+        if path.stem not in polysense.catalogue():
+            path.unlink()
     for each in sys.argv[1:] or polysense.catalogue():
         write(each)
         print(each)
