@@ -10,6 +10,8 @@ SIGNS: dict[tuple[str, str], str] = {
     ("vit", "hf"): r"(vit\.)?embeddings\.patch_embeddings\.projection\.weight",
     ("resnet", "timm"): r"layer1\.0\.conv1\.weight",
     ("resnet", "hf"): r"(resnet\.)?embedder\.embedder\.convolution\.weight",
+    ("llama", "hf"): r"(model\.)?layers\.0\.self_attn\.q_proj\.weight",
+    ("opt", "hf"): r"(model\.)?decoder\.layers\.0\.self_attn\.q_proj\.weight",
     ("bert", "hf"): r"(bert\.)?embeddings\.word_embeddings\.weight",
 }
 

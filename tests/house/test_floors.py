@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2] / "polysense"
 PARTS = {"base", "nn", "towers", "connectors", "mechanisms", "decoders"}
 MODEL = PARTS | {"objectives", "weights", "archetypes"}
 MAY: dict[str, set[str]] = {
-    "base": set(), "objectives": set(), "nn": {"base"}, "weights": {"base"}, "mechanisms": {"base", "nn"}, "towers": {"base", "nn"},
+    "base": set(), "objectives": {"base"}, "nn": {"base"}, "weights": {"base"}, "mechanisms": {"base", "nn"}, "towers": {"base", "nn"},
     "connectors": {"base", "nn", "towers"}, "decoders": {"base", "nn", "towers"}, "archetypes": PARTS | {"objectives", "weights"},
     "systems": MODEL, "data": {"base"}, "tasks": {"base", "data"}, "train": {"base", "data", "weights", "objectives"},
     "pipeline": {"base", "data", "weights", "train", "tasks"},
