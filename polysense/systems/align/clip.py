@@ -14,17 +14,9 @@ from torch import Tensor
 from polysense.archetypes.dual_encoder import DualEncoder
 from polysense.base.card import Card
 from polysense.base.system import Batch, Feed, ImagePlan, Losses, Optim, Preset, Stage, Start, TextPlan, ViewPlan, final
-from polysense.nn.attention import Attention
-from polysense.nn.block import PreNorm
-from polysense.nn.head import Linear, Nothing
-from polysense.nn.init import ClipInit
-from polysense.nn.mlp import MLP
-from polysense.nn.norm import LayerNorm
 from polysense.nn.transformer import Transformer
 from polysense.objectives.contrastive import info_nce
-from polysense.towers.clip_resnet import ClipResNet
-from polysense.towers.clip_text import ClipText
-from polysense.towers.vit import ViT
+from polysense.towers.clip import body, resnet_pair, tiny_pair, vit_pair
 from polysense.weights import clip_hf, clip_open_clip, clip_openai
 
 card = Card(
@@ -52,29 +44,16 @@ class CLIP(DualEncoder):
         return Losses(contrast=info_nce(seen["image"], seen["text"], self.scale))
 
 
-def body(width: int, depth: int, heads: int, act: str = "quick_gelu") -> Transformer.Config:
-    """CLIP's transformer. OpenAI's weights use QuickGELU, LAION's exact GELU: it is said here, never guessed."""
-    return Transformer.Config(width=width, depth=depth, heads=heads, init=ClipInit.Config(),
-                              block=PreNorm.Config(attn=Attention.Config(), mlp=MLP.Config(act=act)))
-
-
-def image_tower(size: int, patch: int, of: Transformer.Config) -> ViT.Config:
-    return ViT.Config(image_size=size, patch=patch, body=of, patch_bias="", norm_pre=LayerNorm.Config(), dense="values", std=None)
-
-
 def config(size: int, patch: int, image: Transformer.Config, text: Transformer.Config, dim: int, vocab: int = 49408, length: int = 77,
            end: int | None = None) -> CLIP.Config:
     """A CLIP of two transformers; `end=None` finds the end token as OpenAI does, by its being the largest id."""
-    return CLIP.Config(vision=image_tower(size, patch, image), text=ClipText.Config(vocab=vocab, length=length, body=text, end=end),
-                       image_head=Linear.Config(into=image.width, out=dim), text_head=Linear.Config(into=text.width, out=dim))
+    return CLIP.Config(**vit_pair(size, patch, image, text, dim, vocab, length, end))
 
 
 def tiny() -> Preset:
     """The ResNet tower at 64 px: on few pictures it learns about twice as fast as a ViT of its cost."""
-    tower = ClipResNet.Config(image_size=64, layers=(1, 1, 1), base=32, heads=4, dim=192)
-    text = ClipText.Config(vocab=4096, length=48, body=body(192, 3, 3), end=2)
     return Preset(
-        data="scenes", config=CLIP.Config(vision=tower, text=text, image_head=Nothing.Config(), text_head=Linear.Config(into=192, out=192)),
+        data="scenes", config=CLIP.Config(**tiny_pair()),
         feed=Feed(image=ImagePlan(size=64), text=TextPlan(vocab=4096, length=48),
                   train_image=ViewPlan(size=64, scale=(0.6, 1.0), flip=0.5, jitter=0.5, jitter_by=(0.3, 0.3, 0.3, 0.0))),
         stages=(Stage(objective=CLIP.compare, embed=CLIP.embed, steps=400, batch_size=128,
@@ -118,6 +97,4 @@ def vit_b_16() -> Preset:
 
 def rn50() -> Preset:
     """The ResNet tower: its attention pool is the head."""
-    text = ClipText.Config(vocab=49408, length=77, body=body(512, 12, 8))
-    return _paper(CLIP.Config(vision=ClipResNet.Config(image_size=224, layers=(3, 4, 6, 3), base=64, heads=32, dim=1024), text=text,
-                              image_head=Nothing.Config(), text_head=Linear.Config(into=512, out=1024)), 224, 5e-4, (0.9, 0.999), 1e-8)
+    return _paper(CLIP.Config(**resnet_pair(224, (3, 4, 6, 3), 64, 32, 1024, body(512, 12, 8))), 224, 5e-4, (0.9, 0.999), 1e-8)
