@@ -24,3 +24,20 @@ def fit_positions(position: Tensor, prefix: int, grid: tuple[int, int], trained:
     image = patches.float().unflatten(1, trained).permute(0, 3, 1, 2)
     image = F.interpolate(image, grid, mode="bicubic", antialias=True, align_corners=False)
     return torch.cat([first, image.flatten(2).transpose(1, 2).to(position.dtype)], 1)
+
+
+def sincos(width: int, places: Tensor, base: float = 10_000.0) -> Tensor:
+    """places [N] (any unit) -> [N, width] float64: sines of `width/2` falling frequencies, then their cosines (Vaswani et al. 2017, section 3.5)."""
+    frequency = base ** -(torch.arange(width // 2, dtype=torch.float64) / (width / 2))
+    angle = places.double()[:, None] * frequency
+    return torch.cat([angle.sin(), angle.cos()], 1)
+
+
+def sincos_2d(width: int, grid: tuple[int, int], prefix: int = 0) -> Tensor:
+    """A fixed table [1, prefix + h*w, width] for a grid in row order: the first half of the width tells the column, the second the row
+    (He et al. 2022, MAE, released code); `prefix` rows of zeros in front. UserError where the width is no multiple of four."""
+    if width % 4:
+        raise UserError(f"a width of {width} does not split into sines and cosines of two axes", "choose a multiple of four")
+    row, column = (v.flatten() for v in torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij"))
+    table = torch.cat([sincos(width // 2, column), sincos(width // 2, row)], 1).float()
+    return torch.cat([table.new_zeros(prefix, width), table])[None]

@@ -7,12 +7,15 @@ from torch import Tensor, nn
 from polysense.base.errors import UserError
 from polysense.base.spec import Spec
 from polysense.nn.build import build
+from polysense.nn.masking import take
 from polysense.nn.patch import Patches
-from polysense.nn.position import fit_positions
+from polysense.nn.position import fit_positions, sincos_2d
 from polysense.nn.transformer import Transformer
 from polysense.towers.encoded import Encoded, Tower
 
-POOLS, DENSES = ("cls", "mean", "none"), ("tokens", "values")
+POOLS, DENSES, PLACES = ("cls", "mean", "none"), ("tokens", "values"), ("learned", "sincos", "none")
+
+Fill = tuple[Tensor, Tensor]                 # mask [B,N], True is hidden, and the token [1,1,D] that stands there instead
 
 
 class ViT(Tower):
@@ -35,6 +38,7 @@ class ViT(Tower):
         stem: Spec | None = None             # a convolutional tower (ResNet.Config) whose last map is patched (hybrid)
         dense: str = "tokens"                # local features are "tokens" of the last norm or "values" of the last attention (CLIP, as MaskCLIP)
         std: float | None = 0.02             # of class token and positions at birth; None: width ** -0.5 (CLIP)
+        position: str = "learned"            # or "sincos": a fixed two-dimensional table, a buffer (MAE, MoCo v3); "none": the blocks know (BEiT)
 
         @property
         def width(self) -> int:
@@ -42,19 +46,25 @@ class ViT(Tower):
 
     def __init__(self, c: Config):
         super().__init__()
-        if c.pool not in POOLS or c.dense not in DENSES or (c.pool == "cls" and not c.prefix):
-            raise UserError(f"pool={c.pool!r}, dense={c.dense!r}, prefix={c.prefix} do not go together",
-                            f"pool is one of {POOLS}, dense of {DENSES}, and 'cls' needs a prefix")
+        if c.pool not in POOLS or c.dense not in DENSES or c.position not in PLACES or (c.pool == "cls" and not c.prefix):
+            raise UserError(f"pool={c.pool!r}, dense={c.dense!r}, position={c.position!r}, prefix={c.prefix} do not go together",
+                            f"pool is one of {POOLS}, dense of {DENSES}, position of {PLACES}, and 'cls' needs a prefix")
         self.stem = c.stem.build() if c.stem is not None else None
         stride, channels = (1, c.channels) if c.stem is None else (c.stem.stride, c.stem.width)  # type: ignore[attr-defined]
         if c.image_size % (c.patch * stride):
             raise UserError(f"image_size={c.image_size} does not divide into patches of {c.patch * stride}", "choose a multiple")
+        self.stride = stride                 # of the stem
         side = c.image_size // (c.patch * stride)
         self.grid = (side, side)
         width, std = c.width, c.width ** -0.5 if c.std is None else c.std
         self.patch = Patches(channels, width, c.patch, bias="patch" in c.patch_bias)
         self.cls = nn.Parameter(torch.randn(1, c.prefix, width) * std) if c.prefix else None
-        self.position = nn.Parameter(torch.randn(1, c.prefix + self.grid[0] * self.grid[1], width) * std)
+        self.position: Tensor | None = None
+        if c.position == "learned":
+            self.position = nn.Parameter(torch.randn(1, c.prefix + self.grid[0] * self.grid[1], width) * std)
+        elif c.position == "sincos":
+            del self.position
+            self.register_buffer("position", sincos_2d(width, self.grid, c.prefix))
         self.norm_pre = build(c.norm_pre, width=width) if c.norm_pre is not None else None
         self.body = c.body.build()
         self.prefix, self.pool, self.dense_from, self.width = c.prefix, c.pool, c.dense, width
@@ -63,25 +73,38 @@ class ViT(Tower):
         """Positions trained for another (square) grid, interpolated to this one."""
         return fit_positions(value, self.prefix, self.grid) if name == "position" and value.ndim == 3 else value
 
-    def embed(self, image: Tensor, keep: Tensor | None = None) -> tuple[Tensor, tuple[int, int]]:
-        """image [B,C,H,W], keep [B,K] numbers of the patches that stay -> tokens before the blocks [B,T,D] and the patch grid (h, w)."""
+    def grid_of(self, image: Tensor) -> tuple[int, int]:
+        """image [B,C,H,W] -> the patch grid (h, w)."""
+        side = self.patch.kernel_size[0] * self.stride
+        return image.shape[-2] // side, image.shape[-1] // side
+
+    def embed(self, image: Tensor, keep: Tensor | None = None, fill: Fill | None = None) -> tuple[Tensor, tuple[int, int]]:
+        """image [B,C,H,W], keep [B,K] numbers of the patches that stay -> tokens before the blocks [B,T,D] and the patch grid (h, w).
+
+        fill (mask [B,N], token [1,1,D]): the token stands in for the embedding of every patch where mask is True.
+        """
         x = self.patch(image if self.stem is None else self.stem.features(image)[-1])
         grid = (x.shape[1], x.shape[2])
-        position = fit_positions(self.position, self.prefix, grid, self.grid)
-        x = x.flatten(1, 2) + position[:, self.prefix:]
+        x = x.flatten(1, 2)
+        if fill is not None:
+            x = torch.where(fill[0][..., None], fill[1].to(x.dtype), x)
+        position = None if self.position is None else fit_positions(self.position, self.prefix, grid, self.grid)
+        if position is not None:
+            x = x + position[:, self.prefix:]
         if keep is not None:
-            x = x.gather(1, keep[..., None].expand(-1, -1, x.shape[-1]))
+            x = take(x, keep)
         if self.cls is not None:
-            x = torch.cat([(self.cls + position[:, :self.prefix]).expand(len(x), -1, -1).to(x.dtype), x], 1)
+            first = self.cls if position is None else self.cls + position[:, :self.prefix]
+            x = torch.cat([first.expand(len(x), -1, -1).to(x.dtype), x], 1)
         return (x if self.norm_pre is None else self.norm_pre(x)), grid
 
-    def forward(self, image: Tensor, keep: Tensor | None = None, short: bool = False) -> Encoded:
-        """image [B,C,H,W] -> tokens [B,T,D] (normed) and pooled [B,D]. keep [B,K]: only these patches are read (FLIP, MAE).
+    def forward(self, image: Tensor, keep: Tensor | None = None, short: bool = False, fill: Fill | None = None) -> Encoded:
+        """image [B,C,H,W] -> tokens [B,T,D] (normed) and pooled [B,D]. keep [B,K]: only these patches are read (FLIP, MAE). fill: see `embed`.
 
         short: only `pooled` is wanted; where that is the class token, the last block computes nothing else and tokens are [B,1,D].
         Raises UserError for a wrong number of channels or a size that the patch does not divide.
         """
-        x = self.embed(image, keep)[0]
+        x = self.embed(image, keep, fill)[0]
         x = self.body(x, at=torch.zeros(len(x), dtype=torch.long, device=x.device) if short and self.pool == "cls" else None)
         return Encoded(tokens=x, pooled=self._pool(x))
 

@@ -1,0 +1,56 @@
+"""Hide a part of the input, let the rest say what it was. Abstract: a system adds its objective and is final.
+
+What a recipe fills in (all of them Specs in slots; see mechanisms/mask_sampler.py for the first two):
+  encoder   a tower with `grid_of(pixels)` and `tower(pixels, keep=..., fill=...) -> Encoded`, `tower.pooled(pixels)`
+  sampler   which patches are hidden: `RandomMask` (MAE), `BlockMask` (BEiT), `TubeMask` (VideoMAE)
+  hide      how the encoder is kept from seeing them: `DropHidden` (visible tokens only) or `FillHidden` (mask tokens)
+  decoder   `decoder(tokens, masking)`: from the encoder's tokens to predictions for the hidden patches
+  target    `target(pixels, masking)`: what they should have been, in the same arrangement; runs without a gradient
+"""
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from polysense.base.system import Spec, System
+from polysense.mechanisms.mask_sampler import DropHidden
+from polysense.nn.build import build
+from polysense.nn.masking import Masking
+
+
+class MaskedModel(System):
+    """Encoder, sampler, decoder and target. The objective compares `pairs(pixels, masking)`; `pixels` are pictures or clips, as the tower reads."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Spec):
+        encoder: Spec
+        sampler: Spec
+        decoder: Spec
+        target: Spec
+        hide: Spec = field(default_factory=DropHidden.Config)
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.encoder = c.encoder.build()
+        self.sampler, self.target = c.sampler.build(), c.target.build()
+        self.hide = build(c.hide, width=self.encoder.width)
+        self.decoder = build(c.decoder, into=self.encoder.width, out=getattr(c.target, "width", 0), grid=getattr(self.encoder, "grid", None))
+
+    def masking(self, pixels: Tensor) -> Masking:
+        """A new random choice of hidden patches for every sample, from torch's generator."""
+        return self.sampler(len(pixels), self.encoder.grid_of(pixels), pixels.device)
+
+    def see(self, pixels: Tensor, masking: Masking) -> Tensor:
+        """The encoder's tokens [B,T,D] of pixels whose hidden patches it does not see."""
+        return self.hide(self.encoder, pixels, masking)
+
+    def pairs(self, pixels: Tensor, masking: Masking) -> tuple[Tensor, Tensor]:
+        """(prediction, target) of the hidden patches; the target has no gradient."""
+        with torch.no_grad():
+            target = self.target(pixels, masking)
+        return self.decoder(self.see(pixels, masking), masking), target
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """pixels, nothing hidden -> the encoder's pooled feature [B,D], unit norm: what transfer reads."""
+        return F.normalize(self.encoder.pooled(pixels).float(), dim=-1)

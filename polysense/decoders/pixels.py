@@ -1,0 +1,83 @@
+"""Pixels as what a masked model predicts. Shapes: B batch, N patches, K visible, M hidden, P side of a patch, C channels."""
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from polysense.base.errors import UserError
+from polysense.base.spec import Spec
+from polysense.base.system import Part
+from polysense.nn.masking import Masking
+from polysense.nn.patch import patchify, unpatchify
+
+NORMS = ("none", "patch", "channel")
+
+
+class PixelTarget(Part):
+    """The pixels of hidden patches (of clips: cubes), plain or normalised.
+
+    norm "none": as they are. "patch": each patch less its mean, divided by sqrt(variance + 1e-6), over all its values, the variance unbiased
+    (He et al. 2022, MAE, section 4, "w/ norm"). "channel": pictures are first taken back to [0,1] by `mean` and `std`, then each colour channel
+    of a cube less its mean, divided by its deviation + 1e-6 (Tong et al. 2022, VideoMAE, released code).
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Spec):
+        patch: int
+        frames: int = 1                      # of a cube
+        channels: int = 3
+        norm: str = "none"
+        mean: tuple[float, ...] = (0.0,)     # what the feed subtracted and divided by
+        std: tuple[float, ...] = (1.0,)
+
+        @property
+        def width(self) -> int:
+            return self.frames * self.patch ** 2 * self.channels
+
+    def __init__(self, c: Config):
+        super().__init__()
+        if c.norm not in NORMS:
+            raise UserError(f"no norm={c.norm!r} of pixels", f"it is one of {', '.join(NORMS)}")
+        self.c = c
+
+    def patches(self, pixels: Tensor) -> Tensor:
+        """[B,C,H,W] or [B,T,C,H,W] -> [B,N,frames*P*P*C], not normalised."""
+        return patchify(pixels, self.c.patch, self.c.frames)
+
+    def normalised(self, patches: Tensor) -> Tensor:
+        """[B,N,frames*P*P*C] -> the same, as the model predicts them."""
+        c = self.c
+        if c.norm == "patch":
+            variance, mean = torch.var_mean(patches, -1, keepdim=True)
+            return (patches - mean) / (variance + 1e-6).sqrt()
+        if c.norm == "channel":
+            cubes = patches.unflatten(-1, (-1, c.channels))
+            cubes = cubes * cubes.new_tensor(c.std) + cubes.new_tensor(c.mean)
+            deviation, mean = torch.std_mean(cubes, -2, keepdim=True)
+            return ((cubes - mean) / (deviation + 1e-6)).flatten(-2)
+        return patches
+
+    @torch.no_grad()
+    def forward(self, pixels: Tensor, masking: Masking) -> Tensor:
+        """-> [B,M,frames*P*P*C], the targets of the hidden patches in the order of `masking.hidden`."""
+        return self.normalised(masking.at_hidden(self.patches(pixels)))
+
+    def paint(self, pixels: Tensor, masking: Masking, prediction: Tensor, grid: tuple[int, ...]) -> Tensor:
+        """The picture with its hidden patches as predicted [B,M,.]; nothing of what is hidden is read.
+
+        A model of normalised patches says nothing about their brightness and contrast: they get the average ones of the visible patches.
+        """
+        c, patches = self.c, self.patches(pixels)
+        seen = masking.at_visible(patches)
+        if c.norm == "patch":
+            variance, mean = torch.var_mean(seen, -1)
+            prediction = prediction * (variance + 1e-6).sqrt().mean(1)[:, None, None] + mean.mean(1)[:, None, None]
+        elif c.norm == "channel":
+            deviation, mean = (v.mean(1)[:, None] for v in torch.std_mean(seen.unflatten(-1, (-1, c.channels)), -2, keepdim=True))
+            prediction = (prediction.unflatten(-1, (-1, c.channels)) * deviation + mean).flatten(-2)
+        order = torch.cat([seen, prediction.to(seen.dtype)], 1).gather(1, masking.restore[..., None].expand_as(patches))
+        return unpatchify(order, grid, c.patch, c.frames)
+
+    def cover(self, pixels: Tensor, masking: Masking, grid: tuple[int, ...], value: float = 0.0) -> Tensor:
+        """The picture with its hidden patches in one value: what the model is shown."""
+        return unpatchify(self.patches(pixels).masked_fill(masking.mask[..., None], value), grid, self.c.patch, self.c.frames)
