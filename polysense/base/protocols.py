@@ -58,7 +58,20 @@ class GeneratesText(Protocol):
 
 @runtime_checkable
 class GeneratesImage(Protocol):
-    def generate_image(self, text: Tensor, *, steps: int, **control: Tensor) -> Tensor: ...
+    def generate_image(self, text: Tensor, *, steps: int, **control: Tensor) -> Tensor:
+        """text [B,L] token ids -> one picture each, [B,3,H,W], normalised as the feed says; drawn from torch's global random numbers.
+
+        steps: of the sampler, where the system has one. control: what else may steer it, by batch key (`hint` [B,C,H,W]) and as `guidance` [];
+        a system ignores what it knows and does not need, and refuses what it does not know.
+        """
+        ...
+
+
+@runtime_checkable
+class SamplesImage(Protocol):
+    def sample_image(self, count: int, *, steps: int) -> Tensor:
+        """Pictures out of nothing, [count,3,H,W], normalised as the feed says; drawn from torch's global random numbers. steps: as above."""
+        ...
 
 
 @runtime_checkable
@@ -92,6 +105,23 @@ class AnswersAboutVideo(Protocol):
     def answer_about_video(self, video: Tensor, question: str) -> str: ...
 
 
+@runtime_checkable
+class Segments(Protocol):
+    def segment(self, image: Tensor, points: Tensor | None = None, point_label: Tensor | None = None, boxes: Tensor | None = None,
+                mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """image [B,3,H,W]; for N objects a picture: points [B,N,K,2] (x y in [0,1]) with point_label [B,N,K] (1 inside, 0 outside, -1 padding),
+        boxes [B,N,4] (x0 y0 x1 y1 in [0,1]), mask [B,N,h,w] (logits of an earlier answer) -> logits [B,N,M,h,w] of M candidate masks of each
+        object, positive inside, over the whole input picture at the system's own resolution, and their predicted IoU [B,N,M]."""
+        ...
+
+
+@runtime_checkable
+class Detects(Protocol):
+    def detect(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """image [B,3,H,W] -> boxes [B,N,4] (x0 y0 x1 y1 in [0,1]), class [B,N] (-1: no object) and score [B,N] in [0,1], best first."""
+        ...
+
+
 class Subject(Protocol):
     """What an exam examines and the app stands on: a system with everything needed to feed it. `Pipeline` is one."""
     system: Any
@@ -110,9 +140,9 @@ class Subject(Protocol):
 
 CAPABILITIES: dict[str, type] = {
     "encode_image": EncodesImage, "encode_text": EncodesText, "encode_patches": EncodesPatches, "encode_video": EncodesVideo,
-    "encode_audio": EncodesAudio, "classify": Classifies, "generate_text": GeneratesText, "generate_image": GeneratesImage,
+    "encode_audio": EncodesAudio, "classify": Classifies, "generate_text": GeneratesText, "generate_image": GeneratesImage, "sample_image": SamplesImage,
     "reconstruct": Reconstructs, "encode_codes": EncodesCodes, "decode_codes": DecodesCodes,
-    "render_view": RendersView, "answer_about_video": AnswersAboutVideo,
+    "segment": Segments, "detect": Detects, "render_view": RendersView, "answer_about_video": AnswersAboutVideo,
 }
 
 
