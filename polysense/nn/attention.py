@@ -88,8 +88,9 @@ class Attention(Part):
         self.norm_k = build(c.norm_qk, width=self.head_width) if c.norm_qk else None
 
     def forward(self, x: Tensor, source: Tensor | None = None, *, mask: Tensor | None = None, causal: bool = False,
-                cache: LayerCache | None = None, position: Tensor | None = None) -> Tensor:
-        """x [B,T,D], source [B,S,source] or None (self) -> [B,T,D].
+                cache: LayerCache | None = None, position: Tensor | None = None, value: Tensor | None = None) -> Tensor:
+        """x [B,T,D], source [B,S,source] or None (self) -> [B,T,D]. value [B,S,source]: what the values are read from, where that differs
+        from what the keys are (DETR and SAM add positions to queries and keys alone).
 
         mask: see `attention_mask`. causal: no query sees a later key (alone, it takes the fast path without a mask). cache: keys and values
         of earlier tokens, which x continues. position: [T] or [B,T] for the rotary embedding; None counts on from the cache.
@@ -97,7 +98,8 @@ class Attention(Part):
         x = lowered(x)
         seen = x if source is None else lowered(source)
         q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        k, v = (f(seen).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2) for f in (self.k, self.v))
+        read = seen if value is None else lowered(value)
+        k, v = (f(s).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2) for f, s in ((self.k, seen), (self.v, read)))
         if self.norm_q is not None and self.norm_k is not None:
             q, k = self.norm_q(q), self.norm_k(k)
         if self.rope is not None:
@@ -121,3 +123,20 @@ class Attention(Part):
         """x [B,T,D] -> [B,T,D], each token's own value through the output linear, without mixing (MaskCLIP, Zhou et al. 2022, section 3.2)."""
         v = self.v(lowered(x)).unflatten(-1, (self.kv_heads, -1))
         return self.out(v.repeat_interleave(self.heads // self.kv_heads, -2).flatten(-2))
+
+    def weights(self, x: Tensor, source: Tensor | None = None, *, mask: Tensor | None = None) -> Tensor:
+        """x [B,T,D], source [B,S,source] -> softmax(q k^T / sqrt(H)) [B,N,T,S], for those who look at it (Grad-CAM, roll-out); no rotary positions."""
+        seen = x if source is None else source
+        q, k = (f(y).unflatten(-1, (n, -1)).transpose(1, 2) for f, y, n in ((self.q, x, self.heads), (self.k, seen, self.kv_heads)))
+        if self.norm_q is not None and self.norm_k is not None:
+            q, k = self.norm_q(q), self.norm_k(k)
+        scores = q @ k.repeat_interleave(self.heads // self.kv_heads, 1).mT * self.head_width ** -0.5
+        if mask is not None:
+            mask = attention_mask(mask)
+            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        return scores.softmax(-1)
+
+    def mixed(self, weights: Tensor, source: Tensor) -> Tensor:
+        """What forward makes of given weights [B,N,T,S] and the tokens they read [B,S,source] -> [B,T,D]."""
+        v = self.v(source).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2).repeat_interleave(self.heads // self.kv_heads, 1)
+        return self.out((weights @ v).transpose(1, 2).flatten(2))

@@ -25,6 +25,17 @@ class LayerNorm(Part, nn.LayerNorm):
         nn.LayerNorm.__init__(self, c.width, eps=c.eps)
 
 
+class LayerNorm2d(LayerNorm):
+    """LayerNorm over the channels of each place of a map [B,C,H,W] (ConvNeXt, ViTDet, SAM)."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(LayerNorm.Config):
+        eps: float = 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
 class RMSNorm(Part):
     """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang & Sennrich 2019, equation 4); the output has the type of the input."""
 
