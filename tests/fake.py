@@ -15,6 +15,11 @@ def fake_batch(preset: Preset, keys: tuple[str, ...], n: int = 4, seed: int = 0)
         if key == "image":
             size = feed.train_image.size if feed.train_image else feed.image.size
             made[key] = torch.randn(n, 3, size, size, generator=g)
+        elif key == "video":
+            size = (feed.video and feed.video.image or feed.image).size
+            made[key] = torch.randn(n, (feed.video.frames if feed.video else 8) or 5, 3, size, size, generator=g)
+        elif key == "audio":
+            made[key] = torch.randn(n, audio_samples(preset), generator=g) * 0.1
         elif key == "views":
             made[key] = torch.randn(n, len(feed.views), 3, feed.views[0].size, feed.views[0].size, generator=g)
         elif key == "text":
@@ -30,6 +35,13 @@ def fake_batch(preset: Preset, keys: tuple[str, ...], n: int = 4, seed: int = 0)
         else:
             raise KeyError(f"tests/fake.py cannot make {key!r} yet: add it")
     return made
+
+
+def audio_samples(preset: Preset) -> int:
+    """How long a training sound of this preset is."""
+    plan = preset.feed.audio
+    seconds = plan and (plan.train_seconds or plan.seconds)
+    return round(seconds * plan.rate) if seconds else 4000
 
 
 class Strict(dict):

@@ -4,6 +4,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import Tensor, device
 
     from polysense.base.plan import Preset
@@ -38,6 +40,20 @@ class EncodesVideo(Protocol):
 
 
 @runtime_checkable
+class EncodesVideoParts(Protocol):
+    def encode_video_parts(self, video: Tensor) -> Tensor:
+        """video [B,T,3,H,W] -> [B,K,D], unit norm: several vectors a video; a text's similarity is the largest of their cosines."""
+        ...
+
+
+@runtime_checkable
+class StreamsVideo(Protocol):
+    def encode_stream(self, chunks: Iterable[Tensor]) -> Tensor:
+        """The frames of one video in pieces [t,3,H,W] -> [K,D], unit norm, as `encode_video_parts` of all of them would give."""
+        ...
+
+
+@runtime_checkable
 class EncodesAudio(Protocol):
     def encode_audio(self, audio: Tensor) -> Tensor:
         """audio [B,S] -> [B,D], unit norm."""
@@ -62,7 +78,7 @@ class GeneratesImage(Protocol):
         """text [B,L] token ids -> one picture each, [B,3,H,W], normalised as the feed says; drawn from torch's global random numbers.
 
         steps: of the sampler, where the system has one. control: what else may steer it, by batch key (`hint` [B,C,H,W]) and as `guidance` [];
-        a system ignores what it knows and does not need, and refuses what it does not know.
+        UserError for one that the system does not know.
         """
         ...
 
@@ -140,7 +156,9 @@ class Subject(Protocol):
 
 CAPABILITIES: dict[str, type] = {
     "encode_image": EncodesImage, "encode_text": EncodesText, "encode_patches": EncodesPatches, "encode_video": EncodesVideo,
-    "encode_audio": EncodesAudio, "classify": Classifies, "generate_text": GeneratesText, "generate_image": GeneratesImage, "sample_image": SamplesImage,
+    "encode_video_parts": EncodesVideoParts, "encode_stream": StreamsVideo,
+    "encode_audio": EncodesAudio, "classify": Classifies, "generate_text": GeneratesText, "generate_image": GeneratesImage,
+    "sample_image": SamplesImage,
     "reconstruct": Reconstructs, "encode_codes": EncodesCodes, "decode_codes": DecodesCodes,
     "segment": Segments, "detect": Detects, "render_view": RendersView, "answer_about_video": AnswersAboutVideo,
 }

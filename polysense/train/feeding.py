@@ -57,13 +57,13 @@ class SourceFeeding:
         self.keys = check_needs(self.needs, self.source.offers, preset.feed, self.name, True)
         if self.size == 0:
             raise UserError(f"{preset.data} holds no samples", "look at the folder, or choose another split")
-        if self.size is not None and (largest := max(s.batch_size for s in preset.stages)) > self.size:
+        if self.size is not None and (largest := max((s.batch_size for s in preset.stages), default=0)) > self.size:
             raise UserError(f"a batch of {largest} is larger than {self.name} with its {self.size} samples",
                             f"set batch_size={self.size} or less, or add data")
 
     def open(self, keep_tokenizer: Callable[..., Any], lent: Any) -> None:
         plan = self.preset.feed.text
-        if plan is None or not TEXTS.intersection(self.keys):
+        if plan is None or (self.preset.stages and not TEXTS.intersection(self.keys)):      # what trains nothing keeps the words of its Start
             return
         from polysense.data.tokenizer import load_tokenizer, make_tokenizer
 

@@ -59,6 +59,8 @@ def override(preset: Preset, changes: dict[str, Any]) -> Preset:
 
 def shortened(preset: Preset, steps: int) -> Preset:
     """The preset with `steps` steps in all, shared among its stages in their proportion; warm-ups keep their share of a shorter stage."""
+    if not preset.stages:
+        raise UserError("this preset trains nothing, so it takes no steps", "leave steps out; the runs it stands on are trained by themselves")
     if steps < len(preset.stages):
         raise UserError(f"steps={steps} is too few", f"the preset has {len(preset.stages)} stage(s), each takes at least one step")
     left, total, changes = steps, sum(s.steps for s in preset.stages), {}

@@ -87,6 +87,20 @@ def test_reads_what_it_declares_and_trains_what_it_says(recipe):
     assert all(any(k in used for k in need.split("|")) for need in card.needs), f"declares {card.needs}, reads {used}"
 
 
+def test_what_trains_nothing_stands_on_others(recipe):
+    """A system may have no stages: then it declares no needs, and in every preset each of its weights comes from a Start."""
+    card, _, preset, system = recipe
+    for name in card.presets:
+        plan = preset_of(card.id, name)
+        if plan.stages:
+            continue
+        assert not card.needs, f"{card.id} trains nothing, so it reads no batch keys"
+        with torch.device("meta"):
+            weights = plan.config.build().state_dict()
+        lost = [k for k in weights if not any(not s.into or k == s.into or k.startswith(f"{s.into}.") for s in plan.starts)]
+        assert weights and not lost, f"{name}: nothing trains or lends {lost[:4]}"
+
+
 def test_weights_and_preset_survive_a_file(recipe, tmp_path):
     card, _, preset, system = recipe
     plain = json.loads(json.dumps(preset.to_dict()))
@@ -105,7 +119,10 @@ def test_same_seed_same_weights_and_loss(recipe):
 
     def first_loss() -> float:
         torch.manual_seed(7)
-        system, stage = preset.config.build(), preset.stages[0]
+        system = preset.config.build()
+        if not preset.stages:
+            return float(sum(v.double().abs().sum() for v in system.state_dict().values()))
+        stage = preset.stages[0]
         system.choose_trainable(stage.trainable)
         system.train()
         torch.manual_seed(8)
@@ -116,7 +133,7 @@ def test_same_seed_same_weights_and_loss(recipe):
 
 def test_features_have_unit_norm_and_do_not_depend_on_the_batch(recipe):
     card, _, preset, system = recipe
-    for key, capability in (("image", "encode_image"), ("text", "encode_text")):
+    for key, capability in (("image", "encode_image"), ("text", "encode_text"), ("video", "encode_video"), ("audio", "encode_audio")):
         if capability in card.can:
             batch = fake_batch(preset, (key,), n=5)[key]
             with torch.inference_mode():
@@ -177,4 +194,4 @@ def test_every_preset_is_a_value_with_unique_fields(recipe):
     for name in card.presets:
         preset = getattr(module, name)()
         assert preset == getattr(module, name)(), "a preset is a pure value"
-        assert preset.stages and preset.data and {f.name for f in fields(preset)} >= {"config", "feed", "starts"}
+        assert (preset.stages or not card.needs) and preset.data and {f.name for f in fields(preset)} >= {"config", "feed", "starts"}
