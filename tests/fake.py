@@ -22,10 +22,15 @@ def fake_batch(preset: Preset, keys: tuple[str, ...], n: int = 4, seed: int = 0)
             made[key] = torch.randn(n, audio_samples(preset), generator=g) * 0.1
         elif key == "views":
             made[key] = torch.randn(n, len(feed.views), 3, feed.views[0].size, feed.views[0].size, generator=g)
-        elif key == "text":
+        elif key in ("text", "question", "answer"):
             text = torch.randint(5, 60, (n, 8), generator=g)
             text[:, 0], text[:, -1] = 1, 2
             made[key] = text
+        elif key in ("chat", "brief"):
+            made[key] = torch.randint(5, 60, (n, 12), generator=g)
+            made[key][:, 0], made[key][:, 2], made[key][:, -2], made[key][0, -1] = 1, feed.text.image, 2, 0
+        elif key in ("chat_reply", "brief_reply"):
+            made[key] = (torch.arange(12) > 7).expand(n, -1) & (torch.arange(12) < 11)
         elif key == "text_mask":
             made[key] = torch.ones(n, 8, dtype=torch.bool)
         elif key == "label":

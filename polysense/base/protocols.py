@@ -68,6 +68,20 @@ class Classifies(Protocol):
 
 
 @runtime_checkable
+class MatchesText(Protocol):
+    def match_text(self, image: Tensor, text: Tensor) -> Tensor:
+        """image [B,3,H,W] and text [B,L] token ids, or one of either for all of the other -> probability [B] that they belong together."""
+        ...
+
+
+@runtime_checkable
+class GroundsText(Protocol):
+    def ground_text(self, image: Tensor, text: Tensor) -> Tensor:
+        """image [B,3,H,W], text [B,L] -> [B,h,w] in [0,1]: where in the picture the text is found, 1 at the strongest place."""
+        ...
+
+
+@runtime_checkable
 class GeneratesText(Protocol):
     def generate_text(self, image: Tensor, prompt: Tensor, *, max_new: int) -> Tensor: ...
 
@@ -157,7 +171,8 @@ class Subject(Protocol):
 CAPABILITIES: dict[str, type] = {
     "encode_image": EncodesImage, "encode_text": EncodesText, "encode_patches": EncodesPatches, "encode_video": EncodesVideo,
     "encode_video_parts": EncodesVideoParts, "encode_stream": StreamsVideo,
-    "encode_audio": EncodesAudio, "classify": Classifies, "generate_text": GeneratesText, "generate_image": GeneratesImage,
+    "encode_audio": EncodesAudio, "match_text": MatchesText, "ground_text": GroundsText, "classify": Classifies, "generate_text": GeneratesText,
+    "generate_image": GeneratesImage,
     "sample_image": SamplesImage,
     "reconstruct": Reconstructs, "encode_codes": EncodesCodes, "decode_codes": DecodesCodes,
     "segment": Segments, "detect": Detects, "render_view": RendersView, "answer_about_video": AnswersAboutVideo,

@@ -1,4 +1,4 @@
-"""BERT. Shapes: B batch, L tokens, D width."""
+"""BERT. Shapes: B batch, L tokens, S source tokens, D width."""
 from dataclasses import dataclass
 
 import torch
@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from polysense.base.spec import Spec
 from polysense.nn.build import build
+from polysense.nn.cache import Cache
 from polysense.nn.check import check_text
 from polysense.nn.transformer import Transformer
 from polysense.towers.encoded import Encoded, Tower
@@ -16,6 +17,9 @@ class Bert(Tower):
 
     The body is a Transformer of PostNorm blocks with `norm=None`. Padding (id `pad`) is never looked at. pooled is the last hidden state of the
     first token, [CLS]; put a TanhHead into `pooler` for BERT's own.
+
+    Blocks with `cross` read a `source` (the tokens of a picture, or of a question); with `causal=True` the same tower is a decoder, and a
+    `cache` (`tower.body.cache(batch, length)`) lets it read a text piece by piece.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -44,15 +48,24 @@ class Bert(Tower):
         self.pooler = c.pooler.build() if c.pooler is not None else None
         self.length, self.pad, self.width = c.length, c.pad, c.width
 
-    def forward(self, text: Tensor, mask: Tensor | None = None, kind: Tensor | None = None, short: bool = False) -> Encoded:
+    def forward(self, text: Tensor, mask: Tensor | None = None, kind: Tensor | None = None, short: bool = False, *, source: Tensor | None = None,
+                source_mask: Tensor | None = None, causal: bool = False, cache: Cache | None = None) -> Encoded:
         """text [B,L] ids; mask [B,L] True on real tokens (None: ids other than `pad`); kind [B,L] segments (None: all 0);
-        short: only `pooled` is wanted, tokens are [B,1,D]
+        short: only `pooled` is wanted, tokens are [B,1,D]; source [B,S,.] and source_mask [B,S] for cross-attention;
+        causal: no token sees a later one; cache: text continues what the cache holds, all of it real tokens
         -> tokens [B,L,D], pooled [B,D], mask [B,L]. Raises UserError for a text longer than `length`."""
-        check_text(text, self.length, self.embed.num_embeddings)
-        mask = text != self.pad if mask is None else mask.bool()
+        start = 0 if cache is None else cache.length
+        check_text(text, self.length - start, self.embed.num_embeddings)
+        if mask is None and cache is None:
+            mask = text != self.pad
+        mask = None if mask is None else mask.bool()
         kinds = self.kind.weight[0] if kind is None else self.kind(kind)
-        x = self.dropout(self.norm_pre(self.embed(text) + self.position[:, :text.shape[1]] + kinds))
-        x = self.body(x, mask=mask, at=torch.zeros(len(x), dtype=torch.long, device=x.device) if short else None)
+        x = self.dropout(self.norm_pre(self.embed(text) + self.position[:, start:start + text.shape[1]] + kinds))
+        if source is None and not causal and cache is None:
+            x = self.body(x, mask=mask, at=torch.zeros(len(x), dtype=torch.long, device=x.device) if short else None)
+        else:
+            x = self.body(x, source, mask=mask, source_mask=source_mask, causal=causal, cache=cache)
+            x = x[:, :1] if short else x
         return Encoded(tokens=x, pooled=x[:, 0] if self.pooler is None else self.pooler(x[:, 0]), mask=None if short else mask)
 
     def pooled(self, text: Tensor, /) -> Tensor:

@@ -54,11 +54,18 @@ def split(n: int) -> Op:
     return Op(f"split{n}", lambda t: [torch.cat(t)], lambda t: _parts(t[0], n))
 
 
+def _equal(tensors: Tensors) -> Tensor:
+    if any(t.shape != tensors[0].shape or not torch.equal(t, tensors[0]) for t in tensors[1:]):
+        raise ValueError("its copies differ")
+    return tensors[0]
+
+
 same = Op("same", lambda t: t, lambda t: t)
 stack3 = stack(3)                                                                                  # a fused qkv and our q, k, v
 transpose = Op("transpose", lambda t: [_matrix(t[0])], lambda t: [_matrix(t[0])])                  # x W is x W^T of nn.Linear
 lead1 = Op("lead1", lambda t: [t[0][None]], lambda t: [_squeeze(t[0], 1)])                         # [L,D] -> [1,L,D]
 lead2 = Op("lead2", lambda t: [t[0][None, None]], lambda t: [_squeeze(t[0], 2)])                   # [D] -> [1,1,D]
+tied = Op("tied", lambda t: [_equal(t)], lambda t: [t[0], t[0]])                                     # two of theirs are the same one of ours
 scalar = Op("scalar", lambda t: [t[0].reshape(())], lambda t: [t[0]])                              # [1] or [] -> []
 
 

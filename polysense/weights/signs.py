@@ -12,6 +12,10 @@ SIGNS: dict[tuple[str, str], str] = {
     ("resnet", "hf"): r"(resnet\.)?embedder\.embedder\.convolution\.weight",
     ("llama", "hf"): r"(model\.)?layers\.0\.self_attn\.q_proj\.weight",
     ("opt", "hf"): r"(model\.)?decoder\.layers\.0\.self_attn\.q_proj\.weight",
+    ("mae", "hf"): r"decoder\.decoder_pos_embed",
+    ("mae", "facebook"): r"decoder_pos_embed",
+    ("ddpm", "diffusers"): r"time_embedding\.linear_1\.weight",
+    ("albef", "albef"): r"text_encoder\.bert\.encoder\.layer\.\d+\.crossattention\.self\.query\.weight",
     ("bert", "hf"): r"(bert\.)?embeddings\.word_embeddings\.weight",
 }
 

@@ -1,0 +1,39 @@
+"""Learning from a teacher's probabilities in place of, or beside, hard targets."""
+# torch is typed in part only, hence (strict mode would refuse what torch itself leaves open):
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """-sum_c target_c log softmax(logits)_c over the last axis: [..., C] -> [...]. KL(target || softmax) plus the entropy of the target."""
+    return -(target * F.log_softmax(logits.float(), -1)).sum(-1)
+
+
+def distilled_contrast(feature: Tensor, keys: Tensor, teacher: Tensor, scale: Tensor | float, alpha: Tensor | float) -> Tensor:
+    """InfoNCE against a long list of keys whose targets are softened by a momentum teacher (Li et al. 2021, ALBEF, equations 1 and 6). Scalar.
+
+    feature [B,D] unit-norm of one modality; keys [K,D], of the other, by the teacher: the first B belong to the batch, the rest come from a
+    queue; teacher [B,D]: the teacher's view of what `feature` shows. With y the one-hot pairs and q = softmax(scale * teacher @ keys.T),
+    the target is (1 - alpha) y + alpha q; alpha = 0 is plain InfoNCE. No gradient reaches keys or teacher.
+    """
+    if feature.shape != teacher.shape or len(keys) < len(feature):
+        raise ValueError(f"{tuple(feature.shape)} features, {tuple(teacher.shape)} of the teacher and {tuple(keys.shape)} keys do not go together")
+    keys = keys.detach().float()
+    with torch.no_grad():
+        target = alpha * (scale * teacher.float() @ keys.T).softmax(1)
+        target.diagonal().add_(1 - alpha)
+    return soft_cross_entropy(scale * feature.float() @ keys.T, target).mean()
+
+
+def distilled_words(logits: Tensor, text: Tensor, chosen: Tensor, teacher: Tensor | None = None, alpha: Tensor | float = 0.0) -> Tensor:
+    """Masked language modelling, mean over the chosen words: (1 - alpha) CE(word) + alpha CE(softmax(teacher)) (Li et al. 2021, equation 7).
+
+    logits and teacher [B,L,V], text [B,L] the true words, chosen bool [B,L]. A batch without a chosen word costs nothing. Scalar.
+    """
+    said = logits[chosen].float()
+    loss = F.cross_entropy(said, text[chosen], reduction="none")
+    if teacher is not None:
+        loss = (1 - alpha) * loss + alpha * soft_cross_entropy(said, teacher[chosen].detach().float().softmax(-1))
+    return loss.sum() / max(1, len(loss))
