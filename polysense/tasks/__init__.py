@@ -32,6 +32,8 @@ EXAMS: dict[str, Exam] = {e.name: e for e in (
          "classify pictures by the names of their classes, written into prompt templates"),
     Exam("retrieval", "polysense.tasks.retrieval", ("encode_image", "encode_text"), ("image", "text"), "",
          "find the captions of a picture among all captions, and the picture of a caption among all pictures"),
+    Exam("video_retrieval", "polysense.tasks.video_retrieval", ("encode_video", "encode_text"), ("video", "text"), "",
+         "find the video of a caption among all videos, and the captions of a video among all captions"),
     Exam("linear_probe", "polysense.tasks.linear_probe", ("encode_image",), ("image", "label"), "logistic regression",
          "logistic regression on frozen features, its strength chosen on a validation split"),
     Exam("knn_probe", "polysense.tasks.knn_probe", ("encode_image",), ("image", "label"), "a vote of the neighbours",

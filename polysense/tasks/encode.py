@@ -78,7 +78,7 @@ def encode_all_images(subject: Any, source: Any, progress: Progress | None = Non
             got = list(pool.map(read, range(start, min(start + batch_size, len(source)))))
             skipped += [(s.id, s.reason) for s in got if isinstance(s, BadSample)]
             if good := [s for s in got if not isinstance(s, BadSample)]:
-                rows.append(_finite(subject.system.encode_image(subject.read_images([s["image"] for s in good])), "encode_image"))
+                rows.append(finite(subject.system.encode_image(subject.read_images([s["image"] for s in good])), "encode_image"))
                 labels += [int(s.get("label", -1)) for s in good]
                 captions += [[c for c in s.get("captions", ()) if c.strip()] for s in good]
             if progress:
@@ -95,13 +95,13 @@ def encode_all_texts(subject: Any, texts: Sequence[str], progress: Progress | No
     rows: list[Tensor] = []
     with frozen(subject.system):
         for start in range(0, len(unique), batch_size):
-            rows.append(_finite(subject.system.encode_text(subject.read_texts(unique[start:start + batch_size])), "encode_text"))
+            rows.append(finite(subject.system.encode_text(subject.read_texts(unique[start:start + batch_size])), "encode_text"))
             if progress:
                 progress(min(start + batch_size, len(unique)), len(unique))
     return torch.cat(rows)[torch.tensor([place[t] for t in texts])]
 
 
-def _finite(features: Tensor, capability: str) -> Tensor:
+def finite(features: Tensor, capability: str) -> Tensor:
     features = features.float().cpu()
     if not features.isfinite().all():
         raise UserError(f"{capability} returned numbers that are not finite", "the weights are damaged, or its training diverged")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from polysense.base.errors import UserError
-from polysense.tasks.encode import Progress, encode_all_images, encode_all_texts, name_of
+from polysense.tasks.encode import Features, Progress, encode_all_images, encode_all_texts, name_of
 from polysense.tasks.result import Metric, Result, grouped_mean_of, grouped_median_of, metric
 
 AT = (1, 5, 10)
@@ -18,7 +18,11 @@ AT = (1, 5, 10)
 
 def run(subject: Any, test: Any, *, seed: int = 0, batch_size: int = 64, progress: Progress | None = None) -> Result:
     """The mean of the six recalls comes first. Intervals draw whole pictures, with all their captions."""
-    seen = encode_all_images(subject, test, progress, batch_size=batch_size)
+    return examined("retrieval", subject, encode_all_images(subject, test, progress, batch_size=batch_size), seed)
+
+
+def examined(exam: str, subject: Any, seen: Features, seed: int, thing: str = "image") -> Result:
+    """The exam of features that are there: pictures [n,D], or videos of several vectors [n,K,D]."""
     has = [i for i, said in enumerate(seen.captions) if said]
     if not has:
         raise UserError(f"no sample of {seen.name!r} has a caption", "use data with captions")
@@ -26,8 +30,8 @@ def run(subject: Any, test: Any, *, seed: int = 0, batch_size: int = 64, progres
     texts = encode_all_texts(subject, [c for i in has for c in seen.captions[i]])
     to_text, to_image = ranks(seen.features[has], texts, owner)
     n, pictures = len(has), np.arange(len(has))
-    ways = {"image_to_text": (to_text, pictures, chance_of_best(np.bincount(owner), len(owner))),
-            "text_to_image": (to_image, owner, {k: min(1.0, k / n) for k in AT})}
+    ways = {f"{thing}_to_text": (to_text, pictures, chance_of_best(np.bincount(owner), len(owner))),
+            f"text_to_{thing}": (to_image, owner, {k: min(1.0, k / n) for k in AT})}
     metrics: dict[str, Metric] = {}
     for way, (rank, group, chance) in ways.items():
         for k in AT:
@@ -38,26 +42,29 @@ def run(subject: Any, test: Any, *, seed: int = 0, batch_size: int = 64, progres
     parts = [grouped_mean_of(h, g, n) for h, g in zip(hits, groups, strict=True)]
     guess = float(np.mean([chance[k] for _, _, chance in ways.values() for k in AT]))
     mean = metric(lambda w: np.mean([p(w) for p in parts], 0), n, chance=guess, seed=seed)
-    notes = {**seen.notes(), "captions": len(owner), "pictures_without_caption": len(seen) - n}
-    return Result("retrieval", name_of(subject), seen.name, n, {"mean_recall": mean, **metrics}, notes=notes)
+    notes = {**seen.notes(), "captions": len(owner), f"{'picture' if thing == 'image' else thing}s_without_caption": len(seen) - n}
+    return Result(exam, name_of(subject), seen.name, n, {"mean_recall": mean, **metrics}, notes=notes)
 
 
 def ranks(images: Tensor, texts: Tensor, owner: np.ndarray, block: int = 512) -> tuple[np.ndarray, np.ndarray]:
-    """(rank of each picture's best caption [n], rank of each caption's picture [m]); caption j belongs to picture owner[j].
+    """(rank of each picture's best caption [n], rank of each caption's picture [m]); caption j [m,D] belongs to picture owner[j] [n,D].
+
+    Things of several vectors [n,K,D] (videos) are as similar to a text as the nearest of these is.
 
     1 is best; equal others count half. Only `block` rows of the similarities exist at a time.
     """
     own = torch.from_numpy(owner)
+    images = images if images.ndim == 3 else images[:, None]
     to_text = np.empty(len(images))
     for s in range(0, len(images), block):
-        similar = images[s:s + block] @ texts.T
+        similar = (images[s:s + block] @ texts.T).amax(1)
         mine = own[None] == torch.arange(s, s + len(similar))[:, None]
         best = similar.masked_fill(~mine, -torch.inf).amax(1, keepdim=True)
         others = ~mine
         to_text[s:s + block] = _rank(similar, best, others)
     to_image = np.empty(len(texts))
     for s in range(0, len(texts), block):
-        similar = texts[s:s + block] @ images.T
+        similar = (images @ texts[s:s + block].T).amax(1).T
         mine = own[s:s + block, None]
         others = torch.ones_like(similar, dtype=torch.bool).scatter_(1, mine, False)
         to_image[s:s + block] = _rank(similar, similar.gather(1, mine), others)

@@ -49,6 +49,9 @@ class Aligned(nn.Module):
     def encode_image(self, image):
         return F.normalize(F.one_hot(image[:, 0, 0, 0].long(), self.width).float() + self.blind, dim=-1)
 
+    def encode_video(self, video):
+        return self.encode_image(video[:, 0])
+
     def encode_text(self, text):
         return F.normalize(F.one_hot(text[:, 0], self.width).float() + self.blind, dim=-1)
 
@@ -57,13 +60,14 @@ def subject(system, id="toy"):
     def read_texts(texts):
         return torch.tensor([[next((i for i, w in enumerate(WORDS) if w in t.replace(".", "").split()), 0), len(t)] for t in texts])
     return SimpleNamespace(system=system, id=id, device=torch.device("cpu"), preset=None, tokenizer=None, read_texts=read_texts,
-                           read_images=lambda items: torch.from_numpy(np.stack(items)).permute(0, 3, 1, 2).float())
+                           read_images=lambda items: torch.from_numpy(np.stack(items)).permute(0, 3, 1, 2).float(),
+                           read_videos=lambda items: torch.from_numpy(np.stack(items)).permute(0, 1, 4, 2, 3).float())
 
 
 class Pictures:
     """n flat pictures: channel 0 is the class, the others noise; bad ones raise."""
 
-    def __init__(self, n=60, classes=WORDS, offers=("index", "image", "label", "text"), bad=(), captions=1, seed=0, name="flat"):
+    def __init__(self, n=60, classes=WORDS, offers=("index", "image", "label", "text", "video"), bad=(), captions=1, seed=0, name="flat"):
         self.name, self.classes, self.offers, self.n, self.bad, self.captions, self.seed = name, tuple(classes), offers, n, bad, captions, seed
 
     def __len__(self):
@@ -76,7 +80,8 @@ class Pictures:
         colour = np.random.default_rng([self.seed, i]).integers(0, 4, 3)
         colour[0] = label
         said = [f"{'very ' * k}{WORDS[label]} number {i}" for k in range(self.captions)]
-        return {"id": f"s{i}", "image": np.full((SIDE, SIDE, 3), colour, np.uint8), "label": label, "captions": said}
+        image = np.full((SIDE, SIDE, 3), colour, np.uint8)
+        return {"id": f"s{i}", "image": image, "video": image[None].repeat(2, 0), "label": label, "captions": said}
 
 
 def planted(n=140, classes=7, noise=0.05, seed=0, width=10, name="planted") -> Features:
@@ -342,6 +347,25 @@ def test_exams_are_listed_without_torch():
     import subprocess
     import sys
 
-    code = "import sys; from polysense.tasks import EXAMS; assert len(EXAMS) == 5; print(sorted({'torch', 'numpy', 'sklearn'} & set(sys.modules)))"
+    code = "import sys; from polysense.tasks import EXAMS; assert len(EXAMS) > 5; print(sorted({'torch', 'numpy', 'sklearn'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     assert exams_for(Colours()) == ("linear_probe", "knn_probe", "few_shot")
+
+
+def test_videos_of_several_vectors_are_as_near_as_their_nearest():
+    """Against the plain rule, one caption and one video at a time; videos of fewer vectors are filled up without effect."""
+    g = torch.Generator().manual_seed(0)
+    parts = [F.normalize(torch.randn(k, 6, generator=g), dim=-1) for k in (1, 3, 2, 3)]
+    texts, owner = F.normalize(torch.randn(9, 6, generator=g), dim=-1), np.array([0, 0, 1, 2, 2, 2, 3, 3, 3])
+    similar = torch.stack([(texts @ p.T).amax(1) for p in parts], 1)
+    filled = torch.stack([torch.cat([p, p[-1:].expand(3 - len(p), -1)]) for p in parts])
+    to_text, to_video = ranks(filled, texts, owner)
+    assert to_video.tolist() == [1 + int((row > row[o]).sum()) for row, o in zip(similar, owner)]
+    mine = [similar[owner == v, v].max() for v in range(4)]
+    assert to_text.tolist() == [1 + int((similar[owner != v, v] > mine[v]).sum()) for v in range(4)]
+
+
+def test_video_retrieval_is_perfect_where_the_features_are_and_leaves_out_torn_videos():
+    result = take("video_retrieval", subject(Aligned()), Pictures(len(WORDS), bad=(2,), captions=3))
+    assert result.n == 6 and result.metrics["text_to_video_r1"].value == 1 and result.metrics["video_to_text_median_rank"].value == 1
+    assert result.notes["skipped"] == [["s2", "torn"]] and result.notes["captions"] == 18
