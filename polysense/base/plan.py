@@ -10,7 +10,7 @@ from polysense.base.spec import Spec
 class ImagePlan(Spec):
     """How a picture is read where nothing is random: exams, search, capabilities."""
     size: int
-    fit: str = "crop"                                   # "crop": short side to size, centre crop; "squash": ignore the aspect ratio
+    fit: str = "crop"                                   # "crop": short side to size, centre crop; "squash": ignore the aspect ratio; "pad": to a square
     resample: str = "bicubic"                           # "bicubic" or "bilinear", antialiased
     mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)   # CLIP's; the ImageNet and 0.5 triples stand in recipes
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
@@ -38,6 +38,32 @@ class TextPlan(Spec):
     vocab: int                                          # upper bound; a tokeniser trained on few captions may stay below it
     length: int
     pad: str = "end"                                    # "end": pad with the end token (transformers); "zero": with 0 (OpenAI)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptPlan(TextPlan):
+    """Text of a system that writes: how it is asked. Its tokeniser also learns the words of questions and answers."""
+    pad: str = "zero"                                   # padding must not look like an end
+    describe: str = ""                                  # what a caption continues, such as "a photo of"
+    ask: str = "{}"                                     # how a question is put, such as "question: {} answer:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatPlan(PromptPlan):
+    """Text of a system that converses: how turns become one sequence.
+
+    start system, then for each turn: user what-is-said assistant reply end. The picture's place, one id, is in the first turn.
+    """
+    image: int                                          # id that holds the place of a picture; the tokenizer has none of that number
+    describe: str = "describe the image briefly."
+    briefly: tuple[str, ...] = ("describe the image briefly.",)     # instructions that a caption answers; training draws one
+    system: str = ""
+    user: str = "user:"
+    assistant: str = "assistant:"
+    stop: str = "reply"                                 # an end token stands behind each "reply", or behind "all" parts
+    place: str = "before"                               # the picture stands "before" the first question, or in training on "either" side
+    turns: int = 1                                      # questions about one picture that become one conversation in training
+    short: str = ""                                     # said behind questions with short answers: the format of the response
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -121,8 +121,14 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 
 
 def fit(picture: Image.Image, plan: ImagePlan, resample: str | None = None) -> Image.Image:
-    """Resized and cropped to plan.size x plan.size pixels, antialiased: torchvision's Resize + CenterCrop, as CLIP reads pictures."""
+    """Resized and cropped to plan.size x plan.size pixels, antialiased: torchvision's Resize + CenterCrop, as CLIP reads pictures;
+    with fit="pad" padded to a square with the mean colour first (LLaVA-1.5)."""
     how, size = RESAMPLE[resample or plan.resample], plan.size
+    if plan.fit == "pad":
+        side = max(picture.size)
+        ground = Image.new(picture.mode, (side, side), tuple(round(255 * m) for m in plan.mean) if picture.mode == "RGB" else 0)
+        ground.paste(picture, _corner(picture.size))
+        return ground.resize((size, size), how)
     if plan.fit == "squash":
         return picture if picture.size == (size, size) else picture.resize((size, size), how)
     w, h = resized_to(picture.size, size)
@@ -139,12 +145,21 @@ def resized_to(size: tuple[int, int], short: int) -> tuple[int, int]:
 
 
 def window(size: tuple[int, int], plan: ImagePlan) -> tuple[float, float, float, float]:
-    """The part of a picture of (width, height) that `fit` keeps, as x0 y0 x1 y1 in [0, 1]."""
+    """The part of a picture of (width, height) that `fit` keeps, as x0 y0 x1 y1 in [0, 1]; beyond them where it pads."""
     if plan.fit == "squash":
         return 0.0, 0.0, 1.0, 1.0
+    if plan.fit == "pad":
+        (x, y), side = _corner(size), max(size)
+        return -x / size[0], -y / size[1], (side - x) / size[0], (side - y) / size[1]
     w, h = resized_to(size, plan.size)
     left, top = round((w - plan.size) / 2), round((h - plan.size) / 2)
     return left / w, top / h, (left + plan.size) / w, (top + plan.size) / h
+
+
+def _corner(size: tuple[int, int]) -> tuple[int, int]:
+    """Where a picture's upper left corner lies in the square that it is padded to."""
+    side = max(size)
+    return (side - size[0]) // 2, (side - size[1]) // 2
 
 
 def pixels(picture: Image.Image) -> np.ndarray:

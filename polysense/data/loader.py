@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from polysense.base.batch import Batch
 from polysense.base.errors import UserError
 from polysense.base.plan import Feed
-from polysense.data.maker import RECENT, Made, Maker, check_needs, makeable, recent_names
+from polysense.data.maker import RECENT, TEXTS, Made, Maker, check_needs, makeable, recent_names
 from polysense.data.sources import BadSample
 
 __all__ = ["Loader", "check_needs"]
@@ -48,10 +48,10 @@ class Loader:
         if not self.streams and not len(source):
             raise UserError(f"{source.name} has no samples", "is the folder empty?")
         ready = makeable(feed, train)
-        ready = ready if tokenizer else ready - {"text", "text_mask", "question", "answer"}
+        ready = ready if tokenizer else ready - TEXTS
         asked = needs if needs is not None else [k for k in source.offers if k in ready]
         self.keys = check_needs(asked, source.offers, feed, source.name, train)
-        if tokenizer is None and {"text", "text_mask", "question", "answer"} & set(self.keys):
+        if tokenizer is None and TEXTS & set(self.keys):
             raise UserError("text cannot be read without a tokenizer", "make_tokenizer(feed.text, source.captions()) trains one")
         self.maker = Maker(source, feed, tokenizer, self.keys, batch_size=batch_size, seed=seed, train=train, rank=rank, world=world,
                            cache_bytes=cache_bytes)

@@ -19,12 +19,16 @@ from torch import Tensor
 
 from polysense.base.batch import VOCABULARY, Batch
 from polysense.base.errors import UserError
-from polysense.base.plan import Feed, ImagePlan, VideoPlan, ViewPlan
+from polysense.base.plan import ChatPlan, Feed, ImagePlan, VideoPlan, ViewPlan
 from polysense.data import clips, images, views
+from polysense.data.chat import Chat
 from polysense.data.sources import BadSample, Sample, Source, name_of
 
 LEFT = 0.1                                              # share of a box that a crop must leave for it to count as in view
 PIXELS = ("image", "views", "mask", "depth", "hint", "edited", "boxes", "box_label")     # keys made through a picture's geometry
+TALK = {"chat", "chat_reply", "brief", "brief_reply"}   # conversations: made of questions and captions as a ChatPlan says
+MADE_OF = {"chat": "question", "chat_reply": "question", "brief": "text", "brief_reply": "text"}
+TEXTS = {"text", "text_mask", "question", "answer"} | TALK                                # what takes a tokenizer
 RECENT = 64                                             # batches whose ids are kept for `names`
 
 
@@ -42,9 +46,9 @@ class Made:
 def makeable(feed: Feed, train: bool) -> set[str]:
     """The batch keys that a feed says how to make."""
     picture = (feed.image or (feed.train_image if train else None)) is not None
-    texts = {"text", "text_mask", "question", "answer"}
+    texts = {"text", "text_mask", "question", "answer"} | (TALK if isinstance(feed.text, ChatPlan) else set())
     geometry, moving = {"image", "boxes", "box_label", "mask", "depth", "hint", "edited"}, {"video", "video_mask"}
-    return ({k for k in VOCABULARY if k not in texts | geometry | moving | {"views"}} | (geometry if picture else set())
+    return ({k for k in VOCABULARY if k not in TALK | texts | geometry | moving | {"views"}} | (geometry if picture else set())
             | (moving if picture or (feed.video and feed.video.image) else set()) | (texts if feed.text else set())
             | ({"views"} if feed.views else set()))
 
@@ -57,7 +61,7 @@ def check_needs(needs: Iterable[str], offers: Iterable[str], feed: Feed | None =
     offers, can, chosen = tuple(offers), makeable(feed, train) if feed else set(VOCABULARY), []
     for need in needs:
         options = need.split("|")
-        held = [k for k in options if k in offers or k == "index"]
+        held = [k for k in options if MADE_OF.get(k, k) in offers or k == "index"]
         if not held:
             raise UserError(f"{name} offers no {' or '.join(options)} (only {', '.join(k for k in offers if k != 'index')})", _who_offers(options))
         ready = [k for k in held if k in can]
@@ -245,11 +249,11 @@ class Maker:
 
     def check(self, about: Sample) -> None:
         """Raises BadSample where the sample lacks the captions, label or question that the batch needs."""
-        if ("text" in self.keys or "text_mask" in self.keys) and not any(c.strip() for c in about.get("captions") or ()):
+        if {"text", "text_mask", "brief", "brief_reply"} & set(self.keys) and not any(c.strip() for c in about.get("captions") or ()):
             raise BadSample(about["id"], "has no caption")
         if "label" in self.keys and about.get("label") is None:
             raise BadSample(about["id"], "has no label")
-        if ("question" in self.keys or "answer" in self.keys) and not (about.get("qa") or "question" in about):
+        if {"question", "answer", "chat", "chat_reply"} & set(self.keys) and not (about.get("chat") or about.get("qa") or "question" in about):
             raise BadSample(about["id"], "has no question")
 
     def _next_good(self, i: int, skipped: list[tuple[str, str]]) -> tuple[int, Sample, dict[str, np.ndarray]]:
@@ -331,6 +335,12 @@ class Maker:
         if "question" in self.keys or "answer" in self.keys:
             asked = [pick(a.get("qa") or [(a["question"], a.get("answer", ""))], u) for a, u in zip(abouts, chance)]
             batch["question"], batch["answer"] = self.tokenizer([q for q, _ in asked]), self.tokenizer([str(a) for _, a in asked])
+        if TALK & set(self.keys):
+            chat = Chat(self.feed.text, self.tokenizer)
+            draws = [np.random.default_rng([self.seed, step, 2, self.rank * local + i]) if self.train else None for i in range(len(abouts))]
+            for key, make in (("chat", chat.of_questions), ("brief", chat.of_captions)):
+                if {key, f"{key}_reply"} & set(self.keys):
+                    batch[key], batch[f"{key}_reply"] = chat.batch([make(a, rng) for a, rng in zip(abouts, draws)])
 
     def _rest(self, batch: Batch, abouts: list[Sample], arrays: list[dict[str, np.ndarray]]) -> None:
         if "label" in self.keys:

@@ -7,6 +7,7 @@ import torch
 
 from polysense.base.batch import Batch
 from polysense.base.system import Preset, System
+from polysense.data.chat import texts_of
 from polysense.data.loader import Loader
 from polysense.data.sources import Sample, Source, Subset
 from polysense.data.tokenizer import make_tokenizer
@@ -46,9 +47,9 @@ def train_arm(id: str, preset: Preset, source: Source, *, needs: tuple[str, ...]
 
 
 def words(preset: Preset, source: Source) -> Any:
-    """A tokenizer trained on the captions of a source."""
+    """A tokenizer trained on the captions of a source, for systems that write also on its questions."""
     assert preset.feed.text is not None
-    return make_tokenizer(preset.feed.text, source.captions())
+    return make_tokenizer(preset.feed.text, texts_of(source, preset.feed.text))
 
 
 def accuracy(subject: Any, source: Source, batch_size: int = 250) -> float:

@@ -12,7 +12,7 @@ from polysense.base.plan import Preset, Stage
 from polysense.base.spec import Spec
 from polysense.train.parallel import World
 
-TEXTS = {"text", "text_mask", "question", "answer"}          # what is made with a tokenizer
+TEXTS = {"text", "text_mask", "question", "answer", "chat", "chat_reply", "brief", "brief_reply", "episode"}     # made with a tokenizer
 
 
 class Stream(Protocol):
@@ -65,10 +65,11 @@ class SourceFeeding:
         plan = self.preset.feed.text
         if plan is None or (self.preset.stages and not TEXTS.intersection(self.keys)):      # what trains nothing keeps the words of its Start
             return
+        from polysense.data.chat import texts_of
         from polysense.data.tokenizer import load_tokenizer, make_tokenizer
 
         def make() -> Any:
-            return lent if lent is not None and lent.plan == plan else make_tokenizer(plan, self.source.captions())
+            return lent if lent is not None and lent.plan == plan else make_tokenizer(plan, texts_of(self.source, plan))
 
         def load(folder: Path) -> Any:
             return load_tokenizer(folder, plan)

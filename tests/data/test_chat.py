@@ -1,0 +1,110 @@
+"""Conversations: the template, the mask over replies, pictures' places, length, and how batches of them are made."""
+import pytest
+import torch
+
+from polysense.base.errors import UserError
+from polysense.base.plan import ChatPlan, Feed, ImagePlan, PromptPlan, TextPlan
+from polysense.data import source
+from polysense.data.chat import Chat, box_text, texts_of
+from polysense.data.images import decode, fit, window
+from polysense.data.loader import Loader
+from polysense.data.tokenizer import make_tokenizer
+
+IMAGE = 400
+SEEN = source("scenes:qa?n=60&size=32")
+
+
+def plan(**more):
+    return ChatPlan(vocab=300, length=64, image=IMAGE, **more)
+
+
+def chat(**more) -> Chat:
+    made = plan(**more)
+    return Chat(made, make_tokenizer(made, texts_of(SEEN, made)))
+
+
+def read(c: Chat, ids) -> str:
+    return " ".join("<image>" if i == IMAGE else "<end>" if i == 2 else "<s>" if i == 1 else c.tokenizer.decode([i]) for i in ids)
+
+
+def test_only_replies_and_their_ends_are_learned():
+    c = chat(system="a chat")
+    ids, learned = c.row([("what colour is the circle?", "red"), ("is it large?", "no")])
+    assert "<s>" in read(c, ids[:1]) and read(c, ids).count("<image>") == 1
+    replies = [i for i, m in zip(ids, learned, strict=True) if m]
+    assert replies == [*c.words("red"), 2, *c.words("no"), 2]
+    assert ids.index(IMAGE) == 1 + len(c.words("a chat")) + len(c.words("user:")), "the picture stands before the first question"
+
+
+def test_llavas_own_format_ends_every_part():
+    c = chat(system="a chat", stop="all", user="human:")
+    ids, learned = c.row([("is it red?", "yes"), ("and large?", "no")], "after")
+    assert ids.count(2) == 5 and sum(learned) == len(c.words("yes")) + len(c.words("no")) + 2
+    assert ids[ids.index(IMAGE) + 1] == 2, "the picture stands behind the first question"
+
+
+def test_an_open_turn_ends_where_the_reply_begins():
+    c = chat()
+    ids, learned = c.row([("is it red?", "yes"), ("is it large?", None)])
+    assert ids[-len(c.words("assistant:")):] == c.words("assistant:") and learned[-1] is False
+
+
+def test_length_is_kept_by_leaving_out_later_turns_whole():
+    c = chat()
+    turns = [("is there a red circle?", "yes")] * 20
+    ids, learned = c.row(turns)
+    assert len(ids) <= 64 and ids[-1] == 2 and learned[-1]
+    with pytest.raises(UserError, match="no room"):
+        c.row([("is there a red circle? " * 30, "yes")])
+    with pytest.raises(UserError, match="no room"):
+        c.row([("is there a red circle? " * 30, None)])
+    with pytest.raises(UserError, match="without turns"):
+        c.row([])
+
+
+def test_batches_are_padded_and_reproducible():
+    feed = Feed(image=ImagePlan(size=32), text=plan(turns=3, place="either", briefly=("describe it.", "what is this?"), short="answer briefly."))
+    tokenizer = make_tokenizer(feed.text, texts_of(SEEN, feed.text))
+    needs = ("image", "chat", "chat_reply", "brief", "brief_reply")
+    one, two = (next(iter(Loader(SEEN, feed, tokenizer, batch_size=8, seed=5, needs=needs))) for _ in range(2))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    halves = [next(iter(Loader(SEEN, feed, tokenizer, batch_size=8, seed=5, needs=needs, rank=r, world=2))) for r in range(2)]
+    for key in ("chat", "brief"):
+        ids, learned = one[key], one[f"{key}_reply"]
+        assert ids.shape == learned.shape and ((ids == IMAGE).sum(1) == 1).all() and not learned[ids == 0].any() and learned.any(1).all()
+        for half, rows in zip(halves, (slice(0, 4), slice(4, 8)), strict=True):
+            wide = half[key].shape[1]
+            assert torch.equal(half[key], ids[rows, :wide]), "ranks share one global batch"
+    assert "answer briefly . <end>" not in (said := read(Chat(feed.text, tokenizer), one["chat"][0].tolist())) and "answer briefly ." in said
+
+
+def test_what_is_missing_is_said():
+    feed = Feed(image=ImagePlan(size=32), text=TextPlan(vocab=300, length=32))
+    with pytest.raises(UserError, match="feed does not say"):
+        Loader(SEEN, feed, make_tokenizer(feed.text, SEEN.captions()), batch_size=2, needs=("chat",))
+    with pytest.raises(UserError, match="offers no chat"):
+        Loader(source("digits"), Feed(text=plan()), None, batch_size=2, needs=("chat",))
+    with pytest.raises(UserError, match="template"):
+        Chat(TextPlan(vocab=300, length=32), make_tokenizer(TextPlan(vocab=300, length=32), SEEN.captions()))
+    low = ChatPlan(vocab=300, length=32, image=7)
+    with pytest.raises(UserError, match="image id"):
+        Chat(low, make_tokenizer(low, texts_of(SEEN, low)))
+
+
+def test_only_systems_that_write_learn_the_words_of_questions():
+    assert not any("?" in t for t in texts_of(SEEN, TextPlan(vocab=300, length=32)))
+    assert any("what colour" in t for t in texts_of(SEEN, PromptPlan(vocab=300, length=32)))
+
+
+def test_padding_to_a_square_is_invertible_and_boxes_move_with_it():
+    wide, ground = decode(source("scenes?n=1&size=64")[0]["image"]).resize((80, 40)), ImagePlan(size=160, fit="pad")
+    made = fit(wide, ground)
+    assert made.size == (160, 160)
+    assert made.getpixel((5, 5)) == tuple(round(255 * m) for m in ground.mean), "the mean colour is around it"
+    x0, y0, x1, y1 = window(wide.size, ground)
+    assert (x0, x1) == (0.0, 1.0) and y0 == -0.5 and y1 == 1.5
+    back = made.crop(tuple(round(160 * v) for v in ((0 - x0) / (x1 - x0), (0 - y0) / (y1 - y0), (1 - x0) / (x1 - x0), (1 - y0) / (y1 - y0))))
+    difference = torch.tensor(list(back.resize((80, 40)).tobytes())).float() - torch.tensor(list(wide.tobytes())).float()
+    assert difference.abs().mean() < 4, "cutting the frame out again gives the picture"
+    assert box_text((0.0, 0.0, 1.0, 1.0), window(wide.size, ground)) == "[0.00, 0.25, 1.00, 0.75]"
+    assert box_text((0.25, 0.5, 0.5, 1.0), (0.0, 0.0, 1.0, 1.0)) == "[0.25, 0.50, 0.50, 1.00]"
