@@ -136,20 +136,23 @@ class KeyMap:
 
     `drop`: regular expressions of their keys that carry no weight of ours (position ids, heads that ours has not); they are not written
     back. `alias`: (other name, name in `rules`) pairs, other names that files or libraries have for the same thing; applied before the rules,
-    on load only, one after the other.
+    on load only, one after the other. `own`: regular expressions of our keys that their files have no name for (schedules, queues): they are
+    not written, and keep on load what the system was built with.
     """
     rules: tuple[Rule, ...]
     drop: tuple[str, ...] = ()
     alias: tuple[tuple[str, str], ...] = ()
+    own: tuple[str, ...] = ()
 
     def at(self, theirs: str = "", ours: str = "") -> "KeyMap":
         """The same table one level down: every name of theirs below `theirs`, every name of ours below `ours`."""
         return KeyMap(tuple(Rule(tuple(_join(theirs, n) for n in r.theirs), tuple(_join(ours, n) for n in r.ours), r.op) for r in self.rules),
                       tuple(re.escape(theirs + ".") + d if theirs else d for d in self.drop),
-                      tuple((_join(theirs, a), _join(theirs, b)) for a, b in self.alias))
+                      tuple((_join(theirs, a), _join(theirs, b)) for a, b in self.alias),
+                      tuple(re.escape(ours + ".") + o if ours else o for o in self.own))
 
     def __add__(self, other: "KeyMap") -> "KeyMap":
-        return KeyMap(self.rules + other.rules, self.drop + other.drop, self.alias + other.alias)
+        return KeyMap(self.rules + other.rules, self.drop + other.drop, self.alias + other.alias, self.own + other.own)
 
     def load(self, state: State) -> State:
         """Their state under our names and in our shapes.
@@ -174,9 +177,13 @@ class KeyMap:
     def save(self, state: State) -> State:
         """Our state under their names and in their shapes; the inverse of `load`. Raises UserError for a key that no rule covers."""
         out, used = _apply(((r.ours, r.theirs, r.op.save, r.op.name) for r in self.rules), state)
-        if left := [k for k in state if k not in used]:
+        if left := [k for k in state if k not in used and not self.keeps(k)]:
             raise UserError(f"this layout has no name for our {_some(left)}", "export to another layout, or from a system of the published form")
         return out
+
+    def keeps(self, ours: str) -> bool:
+        """Whether a key of ours is one that their files do not hold."""
+        return any(re.fullmatch(o, ours) for o in self.own)
 
     def theirs(self, ours: str) -> str:
         """What the published files call one of our keys, "" where they have no name for it."""
@@ -232,7 +239,7 @@ def load_into(system: torch.nn.Module, keymap: KeyMap, state: State) -> None:
     def called(name: str) -> str:
         return f"{name} (theirs: {keymap.theirs(name) or 'none'})"
 
-    absent = [k for k in target if k not in ours and not k.endswith("num_batches_tracked")]
+    absent = [k for k in target if k not in ours and not k.endswith("num_batches_tracked") and not keymap.keeps(k)]
     if absent:
         raise UserError(f"the file lacks {_some([called(k) for k in absent])}",
                         f"it is incomplete or of another form than this {type(system).__name__}; {hint(state)}")
