@@ -65,9 +65,10 @@ def find(path: str | Path, system: str | None, layout: str | None) -> tuple[str,
 
     place = Path(path).expanduser()
     if (place / "run.json").is_file():
+        from polysense.train.folder import AVERAGED
         from polysense.train.run import load_run
 
-        run = load_run(place)
+        run = load_run(place, averaged=(place / AVERAGED).is_file())         # where a run has an average of its weights, that is what is used
         if system and system != run.id:
             raise UserError(f"{place} is a run of {run.id}, not of {system}", "leave system= out: a run knows what it is")
         return run.id, run.system, run.preset, run.tokenizer, str(place.absolute())

@@ -1,0 +1,79 @@
+"""Pictures that a system draws: out of words, out of nothing, along a map."""
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+
+from polysense.base.errors import UserError
+from polysense.base.plan import ImagePlan
+from polysense.data.images import read_images
+from polysense.pipeline.pictures import to_pictures
+from polysense.train.precision import autocast
+
+Progress = Callable[[int, int], object]
+
+
+def generate(pipeline: Any, texts: Sequence[str] = (), count: int = 1, *, steps: int = 20, guidance: float | None = None, seed: int = 0,
+             hints: Sequence[Any] = (), sampler: str | None = None, batch_size: int = 16, progress: Progress | None = None) -> list[Image.Image]:
+    """`count` pictures of each text (or, for systems that draw without words and `texts` empty, `count` pictures), text by text.
+
+    steps: of the sampler, where the system has one. guidance: how much the words count, where the system can weigh them. seed: equal seeds
+    draw equal pictures on one machine. hints: pictures of a map to follow, one, or one for each text. sampler: another one than the preset's.
+    UserError where the system cannot draw in this way.
+    """
+    if count < 1 or steps < 1:
+        raise UserError(f"{count} pictures in {steps} steps", "both are at least 1")
+    if blank := [t for t in texts if not t.strip()]:
+        raise UserError(f"a text is empty ({len(blank)} of {len(texts)})", "say what to draw")
+    capability = "generate_image" if pipeline.can("generate_image") and (texts or not pipeline.can("sample_image")) else "sample_image"
+    pipeline._need(capability)
+    if capability == "sample_image" and (texts or guidance is not None or len(hints)):
+        raise UserError(f"{pipeline.id or 'this system'} draws without words", "leave the text, --guidance and --hint out")
+    if capability == "generate_image" and not texts:
+        raise UserError(f"{pipeline.id or 'this system'} draws what it is told", 'say what, for instance "a red circle"')
+    if len(hints) not in (0, 1, len(texts)):
+        raise UserError(f"{len(hints)} hints for {len(texts)} texts", "give one, or one for each text")
+    plan, control = pipeline._image_plan(), dict[str, torch.Tensor]()
+    if guidance is not None:
+        control["guidance"] = torch.tensor(float(guidance), device=pipeline.device)
+    ids = pipeline.read_texts(texts).repeat_interleave(count, 0) if texts else None
+    maps = read_hints(plan, hints if len(hints) == len(texts) else list(hints) * len(texts), count).to(pipeline.device) if hints else None
+    total, out, usual = count if ids is None else len(ids), list[Image.Image](), getattr(pipeline.system, "sampler", None)
+    if sampler is not None:
+        if usual is None or not hasattr(usual, "name"):
+            raise UserError(f"{pipeline.id or 'this system'} has no sampler to choose", "leave --sampler out")
+        pipeline.system.sampler = usual.but(name=sampler)
+    devices = [pipeline.device] if pipeline.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices), torch.inference_mode(), autocast("auto", pipeline.device)(True):
+            torch.manual_seed(seed)
+            for start in range(0, total, batch_size):
+                at = slice(start, min(start + batch_size, total))
+                if ids is None:
+                    drawn = pipeline.system.sample_image(at.stop - at.start, steps=steps)
+                else:
+                    drawn = pipeline.system.generate_image(ids[at], steps=steps, **control, **({"hint": maps[at]} if maps is not None else {}))
+                out += to_pictures(drawn.float(), plan)
+                if progress:
+                    progress(at.stop, total)
+    finally:
+        if sampler is not None:
+            pipeline.system.sampler = usual
+    return out
+
+
+def read_hints(plan: ImagePlan, hints: Sequence[Any], count: int) -> torch.Tensor:
+    """Pictures of maps -> [N*count,3,H,W] in [0,1], at the size of the pictures."""
+    return read_images(plan.but(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)), list(hints)).repeat_interleave(count, 0)
+
+
+def grid(pictures: Sequence[Image.Image], columns: int = 0, gap: int = 2) -> Image.Image:
+    """One picture of all, row by row; columns 0: as square as can be. `gap` white pixels between them."""
+    columns = columns or max(1, round(len(pictures) ** 0.5))
+    rows = -(-len(pictures) // columns)
+    width, height = pictures[0].size
+    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (i % columns * (width + gap), i // columns * (height + gap)))
+    return sheet
