@@ -22,10 +22,10 @@ from polysense.base.protocols import fulfils
 from polysense.data.images import decode, read_images, window
 from polysense.pipeline.heat import NEUTRAL, Detection, Explanation, Heat, Labelled, content_words, heat_maps, overlay
 from polysense.pipeline.open import best_device, digest_of, find
+from polysense.pipeline.pictures import to_pictures
 from polysense.tasks.templates import DEFAULT
 from polysense.tasks.zero_shot import templates_of, zero_shot_classifier
 from polysense.train.precision import autocast
-from polysense.pipeline.pictures import to_pictures
 
 __all__ = ["Detection", "Explanation", "Heat", "Labelled", "Pipeline", "open_pipeline", "overlay"]
 
@@ -180,13 +180,6 @@ class Pipeline:
             self.asked = texts, self.encode(texts=texts)
         return self.asked[1]
 
-    def detect(self, image: Any, labels: Sequence[str], *, templates: str | Sequence[str] = TEMPLATES, backgrounds: Sequence[str] = BACKGROUNDS,
-               scales: Sequence[float] = (1.0, 0.66, 0.5, 0.33), threshold: float = 0.5, iou: float = 0.3, top: int = 100) -> list[Detection]:
-        """Zero-shot detection (CLIP on region crops): square crops of a grid at several scales (fractions of the short side, half a crop
-        apart) are scored against the labels and the background prompts; what is likelier than `threshold` is kept after
-        non-maximum suppression at overlap `iou` within each label. Best first."""
-        from kornia.geometry.bbox import nms
-
     def reconstruct(self, images: Sequence[Any]) -> list[Image.Image]:
         """Pictures as the system sees them: what it draws again of each. In float32, as codes are, so that both agree."""
         self._need("reconstruct")
@@ -219,36 +212,6 @@ class Pipeline:
         apart) are scored against the labels and the background prompts; what is likelier than `threshold` is kept after
         non-maximum suppression at overlap `iou` within each label. Best first."""
         from kornia.geometry.bbox import nms
-
-    def reconstruct(self, images: Sequence[Any]) -> list[Image.Image]:
-        """Pictures as the system sees them: what it draws again of each. In float32, as codes are, so that both agree."""
-        self._need("reconstruct")
-        images = _listed(images)
-        with torch.inference_mode():
-            drawn = [self.system.reconstruct(self.read_images(images[i:i + 32])) for i in range(0, len(images), 32)]
-        return [picture for batch in drawn for picture in to_pictures(batch, self._image_plan())]
-
-    def encode_codes(self, images: Sequence[Any]) -> np.ndarray:
-        """Pictures -> the numbers of their codes, int64 [N,h,w]."""
-        self._need("encode_codes")
-        if not (images := _listed(images)):
-            raise UserError("there is nothing to encode", "give at least one picture")
-        with torch.inference_mode():
-            return np.concatenate([self.system.encode_codes(self.read_images(images[i:i + 32])).cpu().numpy() for i in range(0, len(images), 32)])
-
-    def decode_codes(self, codes: np.ndarray) -> list[Image.Image]:
-        """Codes [N,h,w], as `encode_codes` returned them -> pictures."""
-        self._need("decode_codes")
-        codes = np.asarray(codes)
-        if codes.ndim != 3 or codes.dtype.kind not in "iu":
-            raise UserError(f"codes of shape {list(codes.shape)} and type {codes.dtype}", "give integers [N,h,w], as encode_codes returns them")
-        with torch.inference_mode():
-            drawn = [self.system.decode_codes(torch.from_numpy(codes[i:i + 32].astype(np.int64)).to(self.device)) for i in range(0, len(codes), 32)]
-        return [picture for batch in drawn for picture in to_pictures(batch, self._image_plan())]
-
-    def generate(self, texts: str | Sequence[str] = (), count: int = 1, **options: Any) -> list[Image.Image]:
-        """`count` pictures of each text, or without words: see `pipeline.draw.generate` for steps, guidance, seed, hints, sampler."""
-        return generate(self, [texts] if isinstance(texts, str) else list(texts), count, **options)
 
         picture, labels = decode(image), _listed(labels)
         rows = np.concatenate([self.prompts(labels, templates), self.encode(texts=backgrounds)]) if backgrounds else self.prompts(labels, templates)
