@@ -39,17 +39,18 @@ class FusionEncoder(System):
         super().__init__()
         self.vision, self.text, self.fusion = c.vision.build(), c.text.build(), c.fusion.build()
         self.image_head, self.text_head, self.match_head = c.image_head.build(), c.text_head.build(), c.match_head.build()
-        self.ground = min(c.ground, len(self.fusion.blocks) - 1)
+        if len(self.fusion.blocks) < 2:
+            raise UserError("a fusion encoder of one block cannot be looked into", "give it at least two")
+        self.ground = min(c.ground, len(self.fusion.blocks) - 2)      # behind the last block only the class token counts: words have no slope
 
     @property
     def net(self) -> Net:
         """The system's own modules by name."""
         return {name: getattr(self, name) for name in ("vision", "text", "fusion", "image_head", "text_head")}
 
-    def project(self, net: Net, seen: Encoded | None = None, said: Encoded | None = None) -> Tensor:
-        """What a tower returned -> its features [B,E] in the joint space, unit norm, in float32."""
-        raw = net["image_head"](seen.pooled) if seen is not None else net["text_head"](said.pooled if said is not None else None)
-        return F.normalize(raw.float(), dim=-1)
+    def features(self, net: Net, seen: Encoded, said: Encoded) -> tuple[Tensor, Tensor]:
+        """What the towers returned -> image and text features [B,E] in the joint space, unit norm, in float32."""
+        return unit(net["image_head"](seen.pooled)), unit(net["text_head"](said.pooled))
 
     def fuse(self, net: Net, image: Tensor, said: Tensor, mask: Tensor | None) -> Tensor:
         """Image tokens [B,T,.], states of the text tower [B,L,D] and their mask [B,L] -> fused text states [B,L,D].
@@ -60,11 +61,11 @@ class FusionEncoder(System):
 
     def encode_image(self, image: Tensor) -> Tensor:
         """image [B,3,H,W] -> [B,E], unit norm."""
-        return F.normalize(self.image_head(self.vision.pooled(image)).float(), dim=-1)
+        return unit(self.image_head(self.vision.pooled(image)))
 
     def encode_text(self, text: Tensor) -> Tensor:
         """text [B,L] token ids -> [B,E], unit norm."""
-        return F.normalize(self.text_head(self.text.pooled(text)).float(), dim=-1)
+        return unit(self.text_head(self.text.pooled(text)))
 
     def match_text(self, image: Tensor, text: Tensor) -> Tensor:
         """image [B,3,H,W] and text [B,L], or one of either for all of the other -> probability [B] that they belong together."""
@@ -102,6 +103,11 @@ class FusionEncoder(System):
         heat = (heat * words[..., None]).sum(1) / words.sum(1, keepdim=True).clamp(min=1)
         side = round(heat.shape[1] ** 0.5)
         return (heat / heat.amax(1, keepdim=True).clamp(min=1e-12)).unflatten(1, (side, -1))
+
+
+def unit(x: Tensor) -> Tensor:
+    """x [B,E] -> rows of length 1, in float32 whatever the autocast type."""
+    return F.normalize(x.float(), dim=-1)
 
 
 def paired(image: Tensor, said: Encoded) -> tuple[Tensor, Tensor, Tensor | None]:

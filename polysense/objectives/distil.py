@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from polysense.objectives.matching import similarities
+
 
 def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     """-sum_c target_c log softmax(logits)_c over the last axis: [..., C] -> [...]. KL(target || softmax) plus the entropy of the target."""
@@ -20,11 +22,11 @@ def distilled_contrast(feature: Tensor, keys: Tensor, teacher: Tensor, scale: Te
     """
     if feature.shape != teacher.shape or len(keys) < len(feature):
         raise ValueError(f"{tuple(feature.shape)} features, {tuple(teacher.shape)} of the teacher and {tuple(keys.shape)} keys do not go together")
-    keys = keys.detach().float()
+    keys = keys.detach()
     with torch.no_grad():
-        target = alpha * (scale * teacher.float() @ keys.T).softmax(1)
+        target = alpha * similarities(teacher, keys, scale).softmax(1)
         target.diagonal().add_(1 - alpha)
-    return soft_cross_entropy(scale * feature.float() @ keys.T, target).mean()
+    return soft_cross_entropy(similarities(feature, keys, scale), target).mean()
 
 
 def distilled_words(logits: Tensor, text: Tensor, chosen: Tensor, teacher: Tensor | None = None, alpha: Tensor | float = 0.0) -> Tensor:
