@@ -82,6 +82,5 @@ class Denoiser(System):
 
     def drawn(self, x: Tensor, predict: Predict, steps: int, sampler: Sampler | None = None) -> Tensor:
         """Noise x [B,...] -> samples [B,...]."""
-        for x in self.drawing(x, predict, steps, sampler):
-            pass
-        return x
+        *_, out = self.drawing(x, predict, steps, sampler)
+        return out

@@ -12,6 +12,7 @@ Times are 0 .. T-1 as in released code: index t holds what the papers call step 
 """
 # torch is typed in part only, hence (strict mode would refuse what torch itself leaves open):
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+from itertools import pairwise
 from math import cos, pi
 
 import torch
@@ -32,7 +33,7 @@ def betas(kind: str, steps: int, low: float = 1e-4, high: float = 0.02) -> Tenso
         return torch.linspace(low ** 0.5, high ** 0.5, steps, dtype=torch.float64) ** 2
     if kind == "cosine":
         left = [cos((i / steps + 0.008) / 1.008 * pi / 2) ** 2 for i in range(steps + 1)]
-        return torch.tensor([min(1 - b / a, 0.999) for a, b in zip(left[:-1], left[1:], strict=True)], dtype=torch.float64)
+        return torch.tensor([min(1 - b / a, 0.999) for a, b in pairwise(left)], dtype=torch.float64)
     raise ValueError(f"no schedule {kind!r}: the schedules are {', '.join(SCHEDULES)}")
 
 

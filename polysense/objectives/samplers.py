@@ -41,7 +41,8 @@ def _after(kept: Tensor, at: Sequence[int], i: int, last: float) -> Tensor:
     return kept[at[i + 1]] if i + 1 < len(at) else kept.new_tensor(last)
 
 
-def ddpm(denoise: Denoise, x: Tensor, kept: Tensor, at: Sequence[int], *, variance: str = "large", noise: Noise = torch.randn_like) -> Iterator[Tensor]:
+def ddpm(denoise: Denoise, x: Tensor, kept: Tensor, at: Sequence[int], *, variance: str = "large",
+         noise: Noise = torch.randn_like) -> Iterator[Tensor]:
     """Ancestral sampling (Ho et al. 2020, algorithm 2), respaced where `at` leaves times out (Nichol & Dhariwal 2021, section 4).
 
     x_{t-1} = mean + sigma_t z, with z = 0 in the last step.

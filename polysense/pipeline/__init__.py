@@ -1,8 +1,9 @@
 """A system with everything needed to use it: files, pictures, addresses and strings go in, answers come out.
 
 `open_pipeline(path, *, system=None, layout=None, device=None) -> Pipeline`
-`Pipeline.encode(images=... | texts=...) -> [N,D]`, `.similarity(images, texts) -> [N,M]`, `.label(images, labels) -> list[Labelled]`,
-`.classify(images, classes) -> list[Labelled]`, `.explain(image, text) -> Explanation`, `.detect(image, labels) -> list[Detection]`.
+`Pipeline.encode(images=... | texts=... | videos=... | audios=...) -> [N,D]`, `.similarity(images, texts) -> [N,M]`,
+`.label(images, labels) -> list[Labelled]`, `.classify(images, classes) -> list[Labelled]`, `.explain(image, text) -> Explanation`, `.detect(image, labels) -> list[Detection]`,
+`.reconstruct(images) -> list[picture]`, `.encode_codes(images) -> [N,h,w]`, `.decode_codes(codes) -> list[picture]`.
 """
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,8 @@ from polysense.base.errors import UserError
 from polysense.base.plan import ImagePlan, Preset
 from polysense.base.protocols import fulfils
 from polysense.data.images import decode, read_images, window
+from polysense.pipeline.clips import Clips
+from polysense.pipeline.draw import generate
 from polysense.pipeline.heat import NEUTRAL, Detection, Explanation, Heat, Labelled, content_words, heat_maps, overlay
 from polysense.pipeline.open import best_device, digest_of, find
 from polysense.pipeline.pictures import to_pictures
@@ -36,7 +39,7 @@ SHARE = 1 / 64                                        # of the patches that a wo
 THUMBNAIL = 512                                       # longest side of the picture that an explanation is drawn on, pixels
 
 
-class Pipeline:
+class Pipeline(Clips):
     """A Subject (`polysense.base.protocols`): what exams examine and the app stands on."""
 
     def __init__(self, system: Any, preset: Preset, tokenizer: Any = None, *, id: str = "", source: str = "", device: str | None = None):
@@ -106,14 +109,18 @@ class Pipeline:
 
     # -- verbs --------------------------------------------------------------------------------------------------------------------------
 
-    def encode(self, images: Sequence[Any] | None = None, texts: Sequence[str] | None = None, *, batch_size: int = 64,
-               progress: Progress | None = None) -> np.ndarray:
-        """Unit features [N,D], float32, of pictures or of texts; `progress(done, total)` after each batch."""
-        if (images is None) == (texts is None):
-            raise UserError("encode takes images= or texts=, one of them", "call it twice for both")
-        items: list[Any] = _listed(images if texts is None else texts)
+    def encode(self, images: Sequence[Any] | None = None, texts: Sequence[str] | None = None, *, videos: Sequence[Any] | None = None,
+               audios: Sequence[Any] | None = None, batch_size: int = 64, progress: Progress | None = None) -> np.ndarray:
+        """Unit features [N,D], float32, of pictures, texts, videos or sounds; `progress(done, total)` after each batch."""
+        given = [g for g in (images, texts, videos, audios) if g is not None]
+        if len(given) != 1:
+            raise UserError("encode takes images=, texts=, videos= or audios=, one of them", "call it once for each")
+        items: list[Any] = _listed(given[0])
         if not items:
-            raise UserError("there is nothing to encode", "give at least one picture or text")
+            raise UserError("there is nothing to encode", "give at least one picture, text, video or sound")
+        if videos is not None or audios is not None:
+            self._need("encode_video" if audios is None else "encode_audio")
+            return (self.encode_videos if audios is None else self.encode_audios)(items, progress)
         capability, read = ("encode_image", self.read_images) if texts is None else ("encode_text", self.read_texts)
         self._need(capability)
         out = []
@@ -205,6 +212,10 @@ class Pipeline:
         with torch.inference_mode():
             drawn = [self.system.decode_codes(torch.from_numpy(codes[i:i + 32].astype(np.int64)).to(self.device)) for i in range(0, len(codes), 32)]
         return [picture for batch in drawn for picture in to_pictures(batch, self._image_plan())]
+
+    def generate(self, texts: str | Sequence[str] = (), count: int = 1, **options: Any) -> list[Image.Image]:
+        """`count` pictures of each text, or without words: see `pipeline.draw.generate` for steps, guidance, seed, hints, sampler."""
+        return generate(self, [texts] if isinstance(texts, str) else list(texts), count, **options)
 
     def detect(self, image: Any, labels: Sequence[str], *, templates: str | Sequence[str] = TEMPLATES, backgrounds: Sequence[str] = BACKGROUNDS,
                scales: Sequence[float] = (1.0, 0.66, 0.5, 0.33), threshold: float = 0.5, iou: float = 0.3, top: int = 100) -> list[Detection]:

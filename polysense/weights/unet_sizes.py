@@ -1,5 +1,5 @@
 """Between the configurations of diffusers' U-Nets and schedulers and ours. Works on values, imports no network."""
-from typing import Any
+from typing import Any, cast
 
 from polysense.base.errors import UserError
 from polysense.base.spec import from_dict
@@ -15,7 +15,7 @@ PLAIN: Dict = {"resnet_time_scale_shift": "default", "time_embedding_type": "pos
 
 def each(value: Any, count: int) -> list[Any]:
     """One value for every level."""
-    return list(value) if isinstance(value, (list, tuple)) else [value] * count
+    return list(cast(list[Any], value)) if isinstance(value, (list, tuple)) else [value] * count
 
 
 def norm(groups: int, eps: float) -> Dict:
@@ -59,7 +59,7 @@ def write_unet(c: Any, size: int) -> Dict:
     """`config.json` of a UNet.Config; `size` is the side of its maps. Raises UserError where diffusers has no such network."""
     attns = [level.attn for level in c.levels if level.attn is not None] + ([c.mid] if c.mid is not None else [])
     latent = any(hasattr(a, "source") for a in attns)
-    if c.mid is None or len({type(a) for a in attns}) != 1:
+    if c.mid is None or any(type(a) is not type(attns[0]) for a in attns):
         raise UserError("diffusers has attention of one kind, and some in the middle", "keep the run folder")
     if latent and any(not a.source for a in attns):
         raise UserError("diffusers' UNet2DConditionModel reads a context everywhere", "keep the run folder")

@@ -21,7 +21,8 @@ def run(tmp_path_factory):
 
 
 def test_a_sheet_and_each_picture(run, tmp_path, capsys):
-    words = ["generate", "-m", str(run), "-n", "5", "--steps", "2", "--seed", "3", "--out", str(tmp_path / "a.png"), "--each", str(tmp_path / "all"), "--json"]
+    words = ["generate", "-m", str(run), "-n", "5", "--steps", "2", "--seed", "3", "--out", str(tmp_path / "a.png"),
+             "--each", str(tmp_path / "all"), "--json"]
     assert main(words) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["pictures"] == 5 and Image.open(tmp_path / "a.png").size == (18, 28), "two columns and three rows of 8, two apart"
@@ -52,7 +53,8 @@ def test_equal_seeds_draw_equal_pictures_whatever_happened_before(run):
 
 @pytest.mark.parametrize("words, said", [
     ((), "-m"), (("-m", "nowhere"), "nowhere"), (("a circle", "-m", "RUN"), "without words"), (("-m", "RUN", "--guidance", "4"), "without words"),
-    (("-m", "RUN", "--out", "x.gif"), ".png"), (("-m", "RUN", "--steps", "2000"), "between 1 and 1000"), (("-m", "RUN", "--hint", "no.png"), "no.png"),
+    (("-m", "RUN", "--out", "x.gif"), ".png"), (("-m", "RUN", "--steps", "2000"), "between 1 and 1000"),
+    (("-m", "RUN", "--hint", "no.png"), "no.png"),
     (("-m", "RUN", "--sampler", "heun"), "ddpm"), (("  ", "-m", "RUN"), "empty")], ids=range(9))
 def test_mistakes_get_one_line(run, words, said, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -16,8 +16,9 @@ def folder(tmp_path_factory):
     diffusers, place = reference("diffusers"), tmp_path_factory.mktemp("ddpm") / "published"
     torch.manual_seed(0)
     theirs = shake(diffusers.UNet2DModel(
-        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=None, downsample_padding=0, norm_eps=1e-6,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"), flip_sin_to_cos=False, freq_shift=1))
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=None, downsample_padding=0,
+        norm_eps=1e-6, down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        flip_sin_to_cos=False, freq_shift=1))
     theirs.save_pretrained(place)
     scheduler = diffusers.DDPMScheduler(variance_type="fixed_large", clip_sample=True)
     scheduler.save_pretrained(place)
