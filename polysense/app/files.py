@@ -22,8 +22,8 @@ R = TypeVar("R")
 Progress = Callable[[int, int], object]
 
 
-def find_photos(folder: str | Path, skip: Iterable[Path] = ()) -> Iterator[tuple[str, int, int]]:
-    """(absolute path, size in bytes, mtime in ns) of every picture file below a folder, in a fixed order.
+def find_photos(folder: str | Path, skip: Iterable[Path] = (), endings: tuple[str, ...] = ENDINGS) -> Iterator[tuple[str, int, int]]:
+    """(absolute path, size in bytes, mtime in ns) of every picture file (or of other `endings`) below a folder, in a fixed order.
 
     Hidden files and folders and the folders in `skip` are passed over; links are followed, but no real folder is entered twice, so a loop of
     links ends. Names are kept as the file system spells them. UserError where there is no such folder.
@@ -40,7 +40,7 @@ def find_photos(folder: str | Path, skip: Iterable[Path] = ()) -> Iterator[tuple
         entered.add(real)
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         for name in sorted(files):
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in ENDINGS:
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in endings:
                 path = os.path.join(here, name)
                 try:
                     stat = os.stat(path)

@@ -133,24 +133,28 @@ def label(photos: Photos,
         note(f"left out {path}: {reason}")
 
 
-def encode(photos: Annotated[Path, typer.Argument(metavar="PHOTOS|TEXTS", help="A folder of pictures, or a text file with one text a line.")],
+def encode(photos: Annotated[Path, typer.Argument(metavar="PHOTOS|VIDEOS|SOUNDS|TEXTS",
+                                              help="A folder of pictures, videos or sounds; one video or sound; a text file, one text a line.")],
            model: Model,
            out: Annotated[Path, typer.Option(metavar="FILE", help=".npz (arrays path, vector) or .parquet")] = Path("features.npz"),
            workers: Annotated[int, typer.Option(metavar="N", min=0, help="With Ray (extra `ray`): so many copies of the model; 0: without.")] = 0,
+           of: Annotated[str, typer.Option("--of", metavar="KIND", help="Of a mixed folder: pictures, videos or sounds.")] = "",
            system: System = None, layout: Layout = None, device: Device = None, as_json: Json = False) -> None:
-    """Write the features of many pictures or texts into one file, for your own programs.
+    """Write the features of many pictures, videos, sounds or texts into one file, for your own programs.
 
     \b
     Examples
       polysense encode ~/photos -m runs/clip --out features.npz
       polysense encode captions.txt -m runs/clip --out texts.npz
+      polysense encode ~/videos -m runs/clip_frame_aggregation --out videos.npz
+      polysense encode ~/recordings -m runs/imagebind --of sounds --out sounds.npz
       polysense encode ~/photos -m runs/clip --workers 8 --out features.parquet
     """
     from polysense.cli.encoding import encode_file
     from polysense.cli.out import Bar, json_out, note, say
 
     with Bar("encoding") as bar:
-        told = encode_file(photos, out, lambda: _open(model, system, layout, device), (model, system, layout), workers, bar)
+        told = encode_file(photos, out, lambda: _open(model, system, layout, device), (model, system, layout), workers, bar, of=of)
     if as_json:
         json_out(told)
         return
