@@ -11,6 +11,7 @@ class ImagePlan(Spec):
     """How a picture is read where nothing is random: exams, search, capabilities."""
     size: int
     fit: str = "crop"                                   # "crop": short side to size, centre crop; "squash": ignore the aspect ratio; "pad": to a square
+                                                        # around it; "corner": long side to size, filled below or at the right
     resample: str = "bicubic"                           # "bicubic" or "bilinear", antialiased
     mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)   # CLIP's; the ImageNet and 0.5 triples stand in recipes
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
@@ -34,7 +35,7 @@ class ViewPlan(Spec):
 @dataclass(frozen=True, kw_only=True)
 class TextPlan(Spec):
     """Which tokeniser, and how long a text may be (start and end tokens included)."""
-    kind: str = "bpe"                                   # "bpe": CLIP's lower-cased byte-level BPE; "wordpiece": BERT's
+    kind: str = "bpe"                                   # "bpe": CLIP's lower-cased byte-level BPE; "wordpiece": BERT's; "llama": LLaMA's, read only
     vocab: int                                          # upper bound; a tokeniser trained on few captions may stay below it
     length: int
     pad: str = "end"                                    # "end": pad with the end token (transformers); "zero": with 0 (OpenAI)

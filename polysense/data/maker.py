@@ -201,8 +201,9 @@ class Maker:
         if epoch not in self._orders:
             if len(self._orders) > 2:
                 self._orders.pop(min(self._orders), None)
-            n = len(self.source)
-            self._orders[epoch] = np.random.default_rng([self.seed, epoch]).permutation(n) if self.train else np.arange(n)
+            n, rng = len(self.source), np.random.default_rng([self.seed, epoch])
+            kinds = self.source.kinds() if self.train and isinstance(self.source, Source) else None
+            self._orders[epoch] = np.arange(n) if not self.train else rng.permutation(n) if kinds is None else grouped(kinds, self.batch_size, rng)
         return self._orders[epoch]
 
     def rows(self, step: int) -> np.ndarray:
@@ -211,7 +212,7 @@ class Maker:
         first = step * self.batch_size + self.rank * local
         if not self.train:
             return np.arange(first, min(first + local, n))
-        place = np.arange(first, first + local)
+        n, place = len(self.order(0)), np.arange(first, first + local)
         return np.asarray([self.order(int(p) // n)[int(p) % n] for p in place])
 
     def make(self, step: int) -> Made:
@@ -371,6 +372,19 @@ class Maker:
             batch["video_mask"] = torch.arange(batch["video"].shape[1]) < torch.tensor([[len(f)] for f in films])
 
 
+def grouped(kinds: Sequence[int], size: int, rng: np.random.Generator) -> np.ndarray:
+    """An order of samples in which every batch of `size` is of one kind (pictures with text, text alone), each sample at least once.
+
+    The last batch of a kind is filled up with others of that kind; the batches come in random order (Liu et al. 2024, LLaVA-1.5, appendix).
+    """
+    batches: list[np.ndarray] = []
+    for kind in sorted(set(kinds)):
+        members = rng.permutation(np.flatnonzero(np.asarray(kinds) == kind))
+        whole = -(-len(members) // size) * size
+        batches += list(np.resize(members, whole).reshape(-1, size))
+    return np.concatenate([batches[i] for i in rng.permutation(len(batches))])
+
+
 def _held(whole: Sample, key: str) -> Any:
     if key not in whole:
         raise BadSample(str(whole.get("id")), f"has no {key}")
@@ -378,10 +392,11 @@ def _held(whole: Sample, key: str) -> Any:
 
 
 def _nearest(mask: np.ndarray, box: tuple[float, float, float, float], size: tuple[int, int]) -> np.ndarray:
-    """mask [N,H,W], a box in its pixels -> the nearest pixels [N,h,w] of size (w, h)."""
-    x = np.floor(box[0] + (np.arange(size[0]) + 0.5) * (box[2] - box[0]) / size[0]).astype(int).clip(0, mask.shape[2] - 1)
-    y = np.floor(box[1] + (np.arange(size[1]) + 0.5) * (box[3] - box[1]) / size[1]).astype(int).clip(0, mask.shape[1] - 1)
-    return mask[:, y[:, None], x]
+    """mask [N,H,W], a box in its pixels -> the nearest pixels [N,h,w] of size (w, h); False beyond the picture."""
+    x = np.floor(box[0] + (np.arange(size[0]) + 0.5) * (box[2] - box[0]) / size[0]).astype(int)
+    y = np.floor(box[1] + (np.arange(size[1]) + 0.5) * (box[3] - box[1]) / size[1]).astype(int)
+    there = ((y >= 0) & (y < mask.shape[1]))[:, None] & (x >= 0) & (x < mask.shape[2])             # no mask reaches into padding
+    return mask[:, y.clip(0, mask.shape[1] - 1)[:, None], x.clip(0, mask.shape[2] - 1)] & there
 
 
 def _padded(rows: list[Tensor], value: float | bool) -> Tensor:

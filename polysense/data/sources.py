@@ -98,6 +98,10 @@ class Source(ABC):
         except Exception as error:  # decoders raise anything on damaged bytes; the reason is kept and reported
             raise BadSample(self.id(i), f"{type(error).__name__}: {error}") from error
 
+    def kinds(self) -> list[int] | None:
+        """A number for each sample where some have no picture: training then makes every batch of samples of one kind. None: all alike."""
+        return None
+
     def __getitem__(self, i: int) -> Sample:
         if not -len(self) <= i < len(self):
             raise IndexError(i)
@@ -161,6 +165,10 @@ class Subset(Source):
     def id(self, i: int) -> str:
         return self.base.id(self.rows[i])
 
+    def kinds(self) -> list[int] | None:
+        kinds = self.base.kinds()
+        return None if kinds is None else [kinds[i] for i in self.rows]
+
     def heavy(self, i: int) -> tuple[str, ...]:
         return self.base.heavy(self.rows[i])
 
@@ -203,6 +211,10 @@ class ConcatSource(Source):
     def id(self, i: int) -> str:
         k, j = self._at(i)
         return f"{self.sources[k].name}/{name_of(self.sources[k], j)}"
+
+    def kinds(self) -> list[int] | None:
+        each = [s.kinds() if isinstance(s, Source) else None for s in self.sources]
+        return None if all(k is None for k in each) else [n for s, k in zip(self.sources, each) for n in (k or [0] * len(s))]
 
     def heavy(self, i: int) -> tuple[str, ...]:
         k, _ = self._at(i)

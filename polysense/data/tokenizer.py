@@ -89,6 +89,8 @@ class Tokenizer:
         """Token ids (one row) -> text, up to the first end token; start and padding are left out."""
         row = ids.tolist() if isinstance(ids, Tensor) else list(ids)
         row = row[:row.index(self.end)] if self.end in row else row
+        if self.plan.kind == "llama":
+            return self.engine.decode([i for i in row if i not in self._special], skip_special_tokens=True).strip()
         tokens = [self.engine.id_to_token(i) or "" for i in row if i not in self._special]
         if self.plan.kind == "bpe":
             joined = "".join(t for t in tokens if t not in BPE_SPECIALS).replace("</w>", " ")
@@ -163,6 +165,8 @@ def make_tokenizer(plan: TextPlan, captions: Iterable[str]) -> Tokenizer:
     specials = BPE_SPECIALS if bpe else WORDPIECE_SPECIALS
     if not any(t.strip() for t in texts):
         raise UserError("no captions to train a tokenizer on", "choose data that offer text")
+    if plan.kind == "llama":
+        raise UserError("a tokenizer of kind 'llama' is read from its published files, not trained", "choose bpe or wordpiece")
     if plan.vocab < len(specials) + 32:
         raise UserError(f"a vocabulary of {plan.vocab} is too small", f"set feed.text.vocab to {len(specials) + 32} or more")
     splitter = _bpe({}, [], None) if bpe else _wordpiece({"[UNK]": 0})
@@ -217,7 +221,7 @@ def _pairs(merges: list[Any]) -> list[tuple[str, str]]:
 
 
 def _kind(plan: TextPlan) -> str:
-    if plan.kind not in ("bpe", "wordpiece"):
+    if plan.kind not in ("bpe", "wordpiece", "llama"):
         raise UserError(f"no tokenizer of kind {plan.kind!r}", "choose bpe or wordpiece")
     return plan.kind
 
@@ -229,6 +233,8 @@ def load_tokenizer(folder: str | Path, plan: TextPlan) -> Tokenizer:
     wordpiece: `vocab.txt`. Raises UserError when the folder has none of them, or one of another kind.
     """
     folder = Path(folder)
+    if plan.kind == "llama":
+        return _llama(folder, plan)
     bpe = _kind(plan) == "bpe"
     saved = folder / "tokenizer.json"
     packed = sorted(folder.glob("bpe_simple_vocab*.txt.gz"))
@@ -267,6 +273,19 @@ def _clip(vocab: dict[str, int], merges: list[Any], plan: TextPlan) -> Tokenizer
     ours = BPE_SPECIALS[3] in vocab
     return Tokenizer(_bpe(vocab, merges, BPE_SPECIALS[3] if ours else BPE_SPECIALS[2]), plan, BPE_SPECIALS[1], BPE_SPECIALS[2], None,
                      BPE_SPECIALS[3] if ours else None)
+
+
+def _llama(folder: Path, plan: TextPlan) -> Tokenizer:
+    """LLaMA's own, as `tokenizer.json` has it: case and spaces are kept, unknown letters are written as bytes."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(f"no llama vocabulary in {folder}", "it should hold tokenizer.json")
+    try:
+        return Tokenizer(Engine.from_file(str(path)), plan, "<s>", "</s>", None, None)
+    except UserError:
+        raise
+    except Exception as error:                        # the library raises bare exceptions for what it cannot read
+        raise UserError(f"{path} is not a tokenizer file", str(error)) from error
 
 
 def _lowercase(folder: Path) -> bool:

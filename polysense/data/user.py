@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from polysense.base.errors import UserError, need_extra
+from polysense.data.conversations import Conversations, talks
 from polysense.data.readers import PICTURES, CocoSource, Files, Record, TarSource, read_lines
 from polysense.data.sources import BadSample, ListSource, Sample, Source, held_out, offered
 
@@ -45,6 +46,8 @@ def user_source(spec: str, split: str, options: dict[str, str]) -> Any:
     if path.suffix in TABLES and path.is_file():
         return table_source(path, split, options)
     if path.suffix == ".json" and path.is_file():
+        if talks(path):
+            return held_out(Conversations(path, Path(options.get("images", path.parent))), split)
         return coco_source(path, split, options)
     if path.exists():
         raise UserError(f"cannot read {spec!r} as data", "give a folder, .csv, .tsv, .jsonl, .parquet, COCO .json or .tar")

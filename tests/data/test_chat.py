@@ -1,6 +1,10 @@
 """Conversations: the template, the mask over replies, pictures' places, length, and how batches of them are made."""
+import json
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from polysense.base.errors import UserError
 from polysense.base.plan import ChatPlan, Feed, ImagePlan, PromptPlan, TextPlan
@@ -8,7 +12,8 @@ from polysense.data import source
 from polysense.data.chat import Chat, box_text, texts_of
 from polysense.data.images import decode, fit, window
 from polysense.data.loader import Loader
-from polysense.data.tokenizer import make_tokenizer
+from polysense.data.maker import grouped
+from polysense.data.tokenizer import load_tokenizer, make_tokenizer
 
 IMAGE = 400
 SEEN = source("scenes:qa?n=60&size=32")
@@ -108,3 +113,74 @@ def test_padding_to_a_square_is_invertible_and_boxes_move_with_it():
     assert difference.abs().mean() < 4, "cutting the frame out again gives the picture"
     assert box_text((0.0, 0.0, 1.0, 1.0), window(wide.size, ground)) == "[0.00, 0.25, 1.00, 0.75]"
     assert box_text((0.25, 0.5, 0.5, 1.0), (0.0, 0.0, 1.0, 1.0)) == "[0.25, 0.50, 0.50, 1.00]"
+
+
+def test_batches_are_of_one_kind_and_every_sample_appears():
+    kinds = [0] * 12 + [1] * 8
+    order = grouped(kinds, 4, np.random.default_rng(0))
+    assert sorted(order.tolist()) == list(range(20)), "where whole batches fit, every sample appears exactly once"
+    assert all(len({kinds[i] for i in batch}) == 1 for batch in order.reshape(-1, 4))
+    order = grouped([0] * 5 + [1] * 2, 4, np.random.default_rng(0))
+    assert len(order) == 12 and set(order.tolist()) == set(range(7))
+
+
+@pytest.fixture()
+def instructions(tmp_path):
+    """LLaVA's file format: twelve conversations about pictures, eight without."""
+    rows = []
+    for i in range(20):
+        row = {"id": f"c{i}", "conversations": [
+            {"from": "human", "value": "<image>\nwhat is it?" if i < 12 else "what is two and two?"}, {"from": "gpt", "value": "a red circle"},
+            {"from": "human", "value": "sure?"}, {"from": "gpt", "value": "yes"}]}
+        if i < 12:
+            Image.fromarray(SEEN[i]["image"]).save(tmp_path / f"{i}.png")
+            row["image"] = f"{i}.png"
+        rows.append(row)
+    rows.append({"id": "broken", "conversations": [{"from": "gpt", "value": "hello"}]})
+    (tmp_path / "talk.json").write_text(json.dumps(rows))
+    return tmp_path / "talk.json"
+
+
+def test_instruction_files_are_read_in_batches_of_one_kind(instructions):
+    data = source(instructions, split="all")
+    assert len(data) == 20 and data.notes[0][0] == "20" and len(data[0]["chat"]) == 2 and "<image>" not in data[0]["chat"][0][0]
+    feed = Feed(image=ImagePlan(size=32), text=plan())
+    loader = iter(Loader(data, feed, make_tokenizer(feed.text, texts_of(data, feed.text)), batch_size=4, needs=("image", "chat", "chat_reply")))
+    seen, kinds = [], set()
+    for _ in range(5):
+        batch = next(loader)
+        seen += batch["index"].tolist()
+        places = (batch["chat"] == IMAGE).sum(1)
+        assert (places == places[0]).all()
+        kinds.add(int(places[0]))
+    assert sorted(seen) == list(range(20)) and kinds == {0, 1}
+
+
+def test_instruction_files_that_are_damaged_are_refused(tmp_path):
+    for text in ('[{"conversations": 3}]', '[{"conversations": [', '[{"conversations": []}]'):
+        (tmp_path / "x.json").write_text(text)
+        with pytest.raises(UserError):
+            source(tmp_path / "x.json")
+
+
+def test_llamas_own_tokenizer_is_read_as_it_is(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    engine = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    engine.pre_tokenizer = pre_tokenizers.Metaspace()
+    engine.train_from_iterator(["USER: What is this? ASSISTANT: A Red circle"] * 3, trainers.BpeTrainer(
+        vocab_size=120, special_tokens=["<unk>", "<s>", "</s>"]))
+    from tokenizers import decoders
+
+    engine.decoder = decoders.Metaspace()
+    engine.save(str(tmp_path / "tokenizer.json"))
+    made = load_tokenizer(tmp_path, ChatPlan(kind="llama", vocab=200, length=32, image=200))
+    ids = made("What is this?")[0]
+    assert ids[0] == made.start == 1 and ids[-1] == made.end == 2 and made.pad == 0
+    assert made.decode(ids) == "What is this?", "case is kept"
+    (tmp_path / "tokenizer.json").write_text("{")
+    for folder in (tmp_path, tmp_path / "none"):
+        with pytest.raises(UserError):
+            load_tokenizer(folder, ChatPlan(kind="llama", vocab=200, length=32, image=200))
+    with pytest.raises(UserError, match="not trained"):
+        make_tokenizer(ChatPlan(kind="llama", vocab=200, length=32, image=200), ["a"])
