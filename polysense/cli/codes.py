@@ -15,8 +15,10 @@ Model = Annotated[str, typer.Option("-m", "--model", metavar="RUN", help="A run 
 
 def reconstruct(pictures: Annotated[list[Path], typer.Argument(metavar="PICTURE...", help="Picture files, or folders of them.")],
                 model: Model,
-                out: Annotated[Path, typer.Option(metavar="FILE.png", help="The sheet to write: originals above, reconstructions below.")] = Path(
+                out: Annotated[Path, typer.Option(metavar="FILE.png", help="The sheet to write: originals above, reconstructions below; "
+                                                "masked models have what they were shown between.")] = Path(
                     "reconstructed.png"),
+                seed: Annotated[int, typer.Option(metavar="N", help="What masked models hide is drawn with it.")] = 0,
                 system: System = None, layout: Layout = None, device: Device = None, as_json: Json = False) -> None:
     """Draw pictures again out of what a system keeps of them (codes, latents, visible patches), beside the originals.
 
@@ -24,20 +26,26 @@ def reconstruct(pictures: Annotated[list[Path], typer.Argument(metavar="PICTURE.
     Examples
       polysense reconstruct photo.jpg -m runs/vq_vae --out seen.png
       polysense reconstruct ~/photos -m runs/vq_vae
+      polysense reconstruct photo.jpg -m runs/mae --seed 3 --out drawn.png
     """
+    import torch
     from PIL import Image
 
     from polysense.app.files import place
     from polysense.cli.out import json_out, say
-    from polysense.pipeline.pictures import to_pictures
+    from polysense.pipeline.pictures import covered, to_pictures
 
     paths, pipeline = found(pictures), opened(model, system, layout, device)
+    torch.manual_seed(seed)
     drawn = pipeline.reconstruct(paths)
+    torch.manual_seed(seed)
+    shown = [covered(pipeline, paths)] if hasattr(pipeline.system, "cover") else []
     seen = to_pictures(pipeline.read_images(paths), pipeline.preset.feed.image)
     width, height = drawn[0].size
-    sheet = Image.new("RGB", (width * len(paths), 2 * height))
-    for i, pair in enumerate(zip(seen, drawn, strict=True)):
-        for row, picture in enumerate(pair):
+    rows = [seen, *shown, drawn]
+    sheet = Image.new("RGB", (width * len(paths), len(rows) * height))
+    for i, column in enumerate(zip(*rows, strict=True)):
+        for row, picture in enumerate(column):
             sheet.paste(picture, (i * width, row * height))
     with place(out) as beside:
         sheet.save(beside, "PNG")

@@ -28,6 +28,8 @@ class Patches(nn.Conv2d):
 def patchify(pixels: Tensor, patch: int, frames: int = 1) -> Tensor:
     """Pictures [B,C,H,W], or clips [B,T,C,H,W] -> [B,N,frames*P*P*C]: patches (cubes) in the order time, row, column; in each the values in the
     order time, row, column, channel (He et al. 2022, released code). UserError where they do not divide."""
+    if pixels.ndim not in (4, 5):
+        raise UserError(f"pixels of shape {list(pixels.shape)}", "give pictures [B,C,H,W] or clips [B,T,C,H,W]")
     clip = pixels[:, None] if pixels.ndim == 4 else pixels
     b, t, c, h, w = clip.shape
     if t % frames or h % patch or w % patch:

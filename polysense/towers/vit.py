@@ -75,6 +75,8 @@ class ViT(Tower):
 
     def grid_of(self, image: Tensor) -> tuple[int, int]:
         """image [B,C,H,W] -> the patch grid (h, w)."""
+        if image.ndim != 4:
+            raise UserError(f"an image tensor of shape {list(image.shape)}", "this tower reads float [B,C,H,W]")
         side = self.patch.kernel_size[0] * self.stride
         return image.shape[-2] // side, image.shape[-1] // side
 
