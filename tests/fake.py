@@ -16,7 +16,7 @@ def fake_batch(preset: Preset, keys: tuple[str, ...], n: int = 4, seed: int = 0)
             size = feed.train_image.size if feed.train_image else feed.image.size
             made[key] = torch.randn(n, 3, size, size, generator=g)
         elif key == "video":
-            size = (feed.video and feed.video.image or feed.image).size
+            size = ((feed.video and feed.video.image) or feed.image).size
             made[key] = torch.randn(n, (feed.video.frames if feed.video else 8) or 5, 3, size, size, generator=g)
         elif key == "audio":
             made[key] = torch.randn(n, audio_samples(preset), generator=g) * 0.1
@@ -35,11 +35,28 @@ def fake_batch(preset: Preset, keys: tuple[str, ...], n: int = 4, seed: int = 0)
             made[key] = torch.ones(n, 8, dtype=torch.bool)
         elif key == "label":
             made[key] = torch.arange(n) % CLASSES
+        elif key in ("boxes", "box_label", "mask"):
+            made[key] = objects(preset, n)[key]
+        elif key in ("origin", "rgb"):
+            made[key] = torch.rand(n, 3, generator=g)
+        elif key == "direction":
+            made[key] = torch.nn.functional.normalize(torch.randn(n, 3, generator=g), dim=-1)
         elif key == "tags":
             made[key] = torch.rand(n, CLASSES, generator=g).round()
         else:
             raise KeyError(f"tests/fake.py cannot make {key!r} yet: add it")
     return made
+
+
+def objects(preset: Preset, n: int) -> Batch:
+    """Two boxes a picture with their masks; the last picture has one, and padding."""
+    size = (preset.feed.train_image or preset.feed.image).size
+    boxes = torch.tensor([[0.125, 0.25, 0.5, 0.75], [0.5, 0.5, 0.875, 0.875]]).repeat(n, 1, 1)
+    label = torch.arange(2 * n).view(n, 2) % CLASSES
+    boxes[-1, 1], label[-1, 1] = -1, -1
+    at = (torch.arange(size) + 0.5) / size
+    inside = (at > boxes[..., :2, None]) & (at < boxes[..., 2:, None])                     # [n,2,xy,size]
+    return {"boxes": boxes, "box_label": label, "mask": inside[:, :, 1, :, None] & inside[:, :, 0, None]}
 
 
 def audio_samples(preset: Preset) -> int:

@@ -122,13 +122,18 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 
 def fit(picture: Image.Image, plan: ImagePlan, resample: str | None = None) -> Image.Image:
     """Resized and cropped to plan.size x plan.size pixels, antialiased: torchvision's Resize + CenterCrop, as CLIP reads pictures;
-    with fit="pad" padded to a square with the mean colour first (LLaVA-1.5)."""
+    with fit="pad" padded to a square with the mean colour first (LLaVA-1.5), with "corner" resized by the longer side, then padded (SAM)."""
     how, size = RESAMPLE[resample or plan.resample], plan.size
     if plan.fit == "pad":
         side = max(picture.size)
         ground = Image.new(picture.mode, (side, side), tuple(round(255 * m) for m in plan.mean) if picture.mode == "RGB" else 0)
         ground.paste(picture, _corner(picture.size))
         return ground.resize((size, size), how)
+    if plan.fit == "corner":
+        w, h = longest_to(picture.size, size)
+        ground = Image.new(picture.mode, (size, size), tuple(round(255 * m) for m in plan.mean) if picture.mode == "RGB" else 0)
+        ground.paste(picture if picture.size == (w, h) else picture.resize((w, h), how))
+        return ground
     if plan.fit == "squash":
         return picture if picture.size == (size, size) else picture.resize((size, size), how)
     w, h = resized_to(picture.size, size)
@@ -144,6 +149,12 @@ def resized_to(size: tuple[int, int], short: int) -> tuple[int, int]:
     return (short, max(short, int(short * h / w))) if w <= h else (max(short, int(short * w / h)), short)
 
 
+def longest_to(size: tuple[int, int], long: int) -> tuple[int, int]:
+    """(width, height) with the longer side at `long`, the shorter one rounded."""
+    w, h = size
+    return (long, max(1, int(h * long / w + 0.5))) if w >= h else (max(1, int(w * long / h + 0.5)), long)
+
+
 def window(size: tuple[int, int], plan: ImagePlan) -> tuple[float, float, float, float]:
     """The part of a picture of (width, height) that `fit` keeps, as x0 y0 x1 y1 in [0, 1]; beyond them where it pads."""
     if plan.fit == "squash":
@@ -151,6 +162,9 @@ def window(size: tuple[int, int], plan: ImagePlan) -> tuple[float, float, float,
     if plan.fit == "pad":
         (x, y), side = _corner(size), max(size)
         return -x / size[0], -y / size[1], (side - x) / size[0], (side - y) / size[1]
+    if plan.fit == "corner":
+        w, h = longest_to(size, plan.size)
+        return 0.0, 0.0, plan.size / w, plan.size / h
     w, h = resized_to(size, plan.size)
     left, top = round((w - plan.size) / 2), round((h - plan.size) / 2)
     return left / w, top / h, (left + plan.size) / w, (top + plan.size) / h

@@ -51,11 +51,13 @@ VARIANTS: dict[str, Variant] = {
     "single": Variant("drawn scenes of one thing; the class is its shape", _STILL, _ONE),
     "combos": Variant("drawn scenes of one thing; the class is colour and shape, test shows pairs never trained on", _STILL, _ONE),
     "digits": Variant("drawn scenes of one handwritten digit", _STILL, {"objects": (1, 1), "digits": 1.0}),
+    "nested": Variant("drawn things with parts: a mask for each whole and for each part on it", _STILL, {"digits": 0.0}),
     "qa": Variant("drawn scenes with questions and answers", (*_STILL, "question", "answer"), {}),
     "edits": Variant("drawn scenes with an instruction and the picture after it", (*_STILL, "edited"), {"objects": (1, 3)}),
     "clips": Variant("drawn scenes that move, with what happens in words", ("image", "text", "label", "video"), {"objects": (1, 2), "digits": 0.0}),
     "sounds": Variant("drawn scenes that beep: shape is timbre, colour is pitch", (*_STILL, "audio"), {"digits": 0.0})}
-_FIXED = {"single": ("objects", "digits"), "combos": ("objects", "digits"), "digits": ("objects", "digits"), "sounds": ("digits",)}
+_FIXED = {"single": ("objects", "digits"), "combos": ("objects", "digits"), "digits": ("objects", "digits"),
+          "sounds": ("digits",), "nested": ("digits", "objects")}
 _CHOICES = {"combos": ("seen", "heldout", "all"), "style": ("rich", "plain"), "hint": ("edges", "depth", "segments")}
 _LOW = {"n": 0, "size": 8, "seed": 0, "captions": 1, "frames": 2, "digits": 0.0, "seconds": 0.1}
 _HIGH = {"size": 4096, "seed": 2 ** 48 - 1, "captions": 100, "frames": 256, "digits": 1.0, "seconds": 60.0, "n": 2 ** 40}

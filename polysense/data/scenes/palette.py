@@ -63,6 +63,12 @@ def contrast(colour: str, backdrop: str) -> float:
 
 
 @cache
+def contrast_of(one: str, other: str) -> float:
+    """The same distance of two object colours."""
+    return float(np.linalg.norm(_oklab(COLOURS[one]) - _oklab(COLOURS[other])))
+
+
+@cache
 def clear_on(backdrop: str) -> tuple[str, ...]:
     """The colours that stand out clearly on a backdrop."""
     return tuple(c for c in COLOURS if contrast(c, backdrop) >= 0.19)

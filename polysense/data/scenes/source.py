@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from polysense.base.errors import UserError
-from polysense.data.scenes import ask, edit, motion, say, sound
+from polysense.data.scenes import ask, edit, motion, nest, say, sound
 from polysense.data.scenes.options import VARIANTS, Options, read_options
 from polysense.data.scenes.paint import Picture, boxes_of, paint
 from polysense.data.scenes.palette import DIGITS, THINGS
@@ -20,7 +20,8 @@ class ScenesSource(Source):
     """Rendered scenes. `source[i]` has `id` and, as the variant offers them:
 
     image uint8 [H,W,3] · captions list[str] · label int (of `classes`; in scenes of several things the class of the largest) · boxes float32
-    [N,4] (x0 y0 x1 y1 in [0,1], visible part) · box_label int64 [N] (of `palette.THINGS`) · mask bool [N,H,W] (visible parts, disjoint) ·
+    [N,4] (x0 y0 x1 y1 in [0,1], visible part) · box_label int64 [N] (of `palette.THINGS`) · mask bool [N,H,W] (visible parts, disjoint; in
+    `scenes:nested` a whole includes its parts) ·
     qa list[(question, answer)] · depth float32 [H,W], 0 near to 1 far · hint uint8 [H,W,3] (outlines; or depth, near is bright; or class
     colours) · video uint8 [T,H,W,3] · audio float32 [S] at 16 kHz, in [-1,1]. In `scenes:edits` the captions are phrasings of the
     instruction (`instruction` is the first), edited uint8 [H,W,3] the picture after it, before and after list[str] describe the two
@@ -67,7 +68,8 @@ class ScenesSource(Source):
         """The description of sample i, not painted: some 100 microseconds."""
         if not 0 <= i < len(self):
             raise IndexError(f"{self.name} has {len(self)} samples, there is no {i}")
-        scene = self._once("scene", i, lambda: self.world.sample(self.stream(i, _SCENE)))
+        draw = nest.sample if self.options.variant == "nested" else World.sample
+        scene = self._once("scene", i, lambda: draw(self.world, self.stream(i, _SCENE)))
         return sound.alike(scene) if self.options.variant == "sounds" else scene
 
     def clip(self, i: int) -> motion.Clip:
@@ -82,6 +84,10 @@ class ScenesSource(Source):
         """Sample i painted, with its maps."""
         scene = self.clip(i).scene if self.options.variant == "clips" else self.scene(i)
         return self._once("picture", i, lambda: paint(scene, self.options.size))
+
+    def _masks(self, i: int) -> np.ndarray:
+        picture = self.picture(i)
+        return nest.masks(picture) if self.options.variant == "nested" else picture.masks()
 
     def captions(self) -> Iterator[str]:
         for i in range(len(self)):
@@ -108,7 +114,7 @@ class ScenesSource(Source):
         out: Sample = {"captions": self._said(i), "label": self._label(i)}
         if "boxes" in self.offers:
             picture = self.picture(i)
-            out["boxes"] = boxes_of(picture.masks())
+            out["boxes"] = boxes_of(self._masks(i))
             out["box_label"] = np.array([THINGS.index(t.shape) for t in picture.scene.things], np.int64)
         if "question" in self.offers:
             out["qa"] = ask.questions(self.scene(i), self.world, self.stream(i, _QUESTIONS))
@@ -128,7 +134,7 @@ class ScenesSource(Source):
             return sound.play(self.scene(i), o.seconds, self.stream(i, _NOISE))
         picture = self.picture(i)
         if key == "mask":
-            return picture.masks()
+            return self._masks(i)
         if key == "depth":
             return picture.depth()
         return picture.image if key == "image" else picture.hint(o.hint)
