@@ -129,6 +129,7 @@ def exam(run: Run,
     Examples
       polysense exam runs/clip
       polysense exam runs/clip retrieval --data natural_captions
+      polysense exam runs/albef retrieval rerank=16 --data natural_captions
       polysense exam runs/clip zero_shot templates=imagenet --data cifar10 --json
       polysense exam runs/vit linear_probe --data digits
       polysense exam downloads/b32 zero_shot --data cifar10 --system clip --layout hf

@@ -2,7 +2,8 @@
 
 `open_pipeline(path, *, system=None, layout=None, device=None) -> Pipeline`
 `Pipeline.encode(images=... | texts=... | videos=... | audios=...) -> [N,D]`, `.similarity(images, texts) -> [N,M]`,
-`.label(images, labels) -> list[Labelled]`, `.classify(images, classes) -> list[Labelled]`, `.explain(image, text) -> Explanation`, `.detect(image, labels) -> list[Detection]`,
+`.label(images, labels) -> list[Labelled]`, `.classify(images, classes) -> list[Labelled]`, `.explain(image, text) -> Explanation`,
+`.match(images, texts) -> [N,M]`, `.ground(image, text) -> Explanation`, `.detect(image, labels) -> list[Detection]`,
 `.reconstruct(images) -> list[picture]`, `.encode_codes(images) -> [N,h,w]`, `.decode_codes(codes) -> list[picture]`.
 """
 from collections.abc import Callable, Iterable, Sequence
@@ -21,6 +22,7 @@ from polysense.base.errors import UserError
 from polysense.base.plan import ImagePlan, Preset
 from polysense.base.protocols import fulfils
 from polysense.data.images import decode, read_images, window
+from polysense.pipeline import pairs
 from polysense.pipeline.clips import Clips
 from polysense.pipeline.draw import generate
 from polysense.pipeline.heat import NEUTRAL, Detection, Explanation, Heat, Labelled, content_words, heat_maps, overlay
@@ -186,6 +188,14 @@ class Pipeline(Clips):
         if self.asked[0] != texts:
             self.asked = texts, self.encode(texts=texts)
         return self.asked[1]
+
+    def match(self, images: Sequence[Any], texts: Sequence[str]) -> np.ndarray:
+        """Probability [N,M] that a text belongs to a picture, by a system that reads both together."""
+        return pairs.match(self, _listed(images), _listed(texts))
+
+    def ground(self, image: Any, text: str) -> Explanation:
+        """Where in a picture a text is found, by a system that reads both together; `whole.score` is the probability that it is there."""
+        return pairs.ground(self, image, text)
 
     def reconstruct(self, images: Sequence[Any]) -> list[Image.Image]:
         """Pictures as the system sees them: what it draws again of each. In float32, as codes are, so that both agree."""

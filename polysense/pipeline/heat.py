@@ -108,9 +108,17 @@ def heat_maps(patches: Array, image: Array, texts: list[str], features: Array, n
     # as in zero-shot segmentation: each patch goes to the text that fits it best; the first text is the whole query, which competes with no word
     rivals = np.concatenate([np.einsum("hwd,md->mhw", patches, neutral - neutral.mean(0)).max(0, keepdims=True), raw[1:]])
     share = [1.0, *((rivals.argmax(0) == i + 1).mean() for i in range(len(texts) - 1))]
-    w, h = thumbnail.size
-    x0, y0, x1, y1 = (round(v * s) for v, s in zip(seen, (w, h, w, h), strict=True))
-    maps = np.zeros((len(texts), h, w), np.float32)
-    for i, small in enumerate(flat):
-        maps[i, y0:y1, x0:x1] = np.asarray(Image.fromarray(small).resize((x1 - x0, y1 - y0), Image.Resampling.BILINEAR)).clip(0, 1)
+    maps = [placed(small, thumbnail.size, seen) for small in flat]
     return [Heat(t, float(s), float(p), m, r) for t, s, p, m, r in zip(texts, scores, share, maps, raw, strict=True)]
+
+
+def placed(small: Array, size: tuple[int, int], seen: tuple[float, float, float, float]) -> Array:
+    """A map [h,w] in 0..1 of the part `seen` (x0 y0 x1 y1, in [0, 1] or, where it was padded, beyond) of a picture of (width, height) `size`
+    -> [height,width], 0 outside that part."""
+    w, h = size
+    x0, y0, x1, y1 = (round(v * s) for v, s in zip(seen, (w, h, w, h), strict=True))
+    large = np.asarray(Image.fromarray(np.asarray(small, np.float32)).resize((x1 - x0, y1 - y0), Image.Resampling.BILINEAR)).clip(0, 1)
+    out = np.zeros((h, w), np.float32)
+    left, top, right, bottom = max(x0, 0), max(y0, 0), min(x1, w), min(y1, h)
+    out[top:bottom, left:right] = large[top - y0:bottom - y0, left - x0:right - x0]
+    return out

@@ -2,7 +2,11 @@
 
 A picture is found by a caption when it ranks high among all pictures; for a picture the best placed of its own captions counts, and its
 other captions stand in nobody's way (Karpathy & Fei-Fei 2015). Ties count half: a system that finds everything alike earns the middle.
+`rerank=k` lets systems that read pictures and texts together look at the k best once more (`rerank.py`).
 """
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,24 +15,32 @@ from torch import Tensor
 
 from polysense.base.errors import UserError
 from polysense.tasks.encode import Features, Progress, encode_all_images, encode_all_texts, name_of
+from polysense.tasks.rerank import Again, check_rerank, second_looks
 from polysense.tasks.result import Metric, Result, grouped_mean_of, grouped_median_of, metric
 
 AT = (1, 5, 10)
 
 
-def run(subject: Any, test: Any, *, seed: int = 0, batch_size: int = 64, progress: Progress | None = None) -> Result:
-    """The mean of the six recalls comes first. Intervals draw whole pictures, with all their captions."""
-    return examined("retrieval", subject, encode_all_images(subject, test, progress, batch_size=batch_size), seed)
+def run(subject: Any, test: Any, *, rerank: int = 0, seed: int = 0, batch_size: int = 64, progress: Progress | None = None) -> Result:
+    """The mean of the six recalls comes first. Intervals draw whole pictures, with all their captions. rerank: how many get a second look."""
+    if rerank:
+        check_rerank(subject, test, rerank)
+    look = partial(second_looks, subject, test, k=rerank) if rerank else None
+    out = examined("retrieval", subject, encode_all_images(subject, test, progress, batch_size=batch_size), seed, look=look)
+    return replace(out, notes={**out.notes, "rerank": rerank}) if rerank else out
 
 
-def examined(exam: str, subject: Any, seen: Features, seed: int, thing: str = "image") -> Result:
-    """The exam of features that are there: pictures [n,D], or videos of several vectors [n,K,D]."""
+def examined(exam: str, subject: Any, seen: Features, seed: int, thing: str = "image",
+             look: Callable[..., tuple[Again, Again]] | None = None) -> Result:
+    """The exam of features that are there: pictures [n,D], or videos of several vectors [n,K,D]. look: a second one, `rerank.second_looks`."""
     has = [i for i, said in enumerate(seen.captions) if said]
     if not has:
         raise UserError(f"no sample of {seen.name!r} has a caption", "use data with captions")
     owner = np.array([k for k, i in enumerate(has) for _ in seen.captions[i]])
-    texts = encode_all_texts(subject, [c for i in has for c in seen.captions[i]])
-    to_text, to_image = ranks(seen.features[has], texts, owner)
+    said = [c for i in has for c in seen.captions[i]]
+    texts = encode_all_texts(subject, said)
+    again = look(has, said, seen.features[has], texts) if look else (None, None)
+    to_text, to_image = ranks(seen.features[has], texts, owner, again=again)
     n, pictures = len(has), np.arange(len(has))
     ways = {f"{thing}_to_text": (to_text, pictures, chance_of_best(np.bincount(owner), len(owner))),
             f"text_to_{thing}": (to_image, owner, {k: min(1.0, k / n) for k in AT})}
@@ -46,18 +58,20 @@ def examined(exam: str, subject: Any, seen: Features, seed: int, thing: str = "i
     return Result(exam, name_of(subject), seen.name, n, {"mean_recall": mean, **metrics}, notes=notes)
 
 
-def ranks(images: Tensor, texts: Tensor, owner: np.ndarray, block: int = 512) -> tuple[np.ndarray, np.ndarray]:
+def ranks(images: Tensor, texts: Tensor, owner: np.ndarray, block: int = 512,
+          again: tuple[Again | None, Again | None] = (None, None)) -> tuple[np.ndarray, np.ndarray]:
     """(rank of each picture's best caption [n], rank of each caption's picture [m]); caption j [m,D] belongs to picture owner[j] [n,D].
 
     Things of several vectors [n,K,D] (videos) are as similar to a text as the nearest of these is.
 
-    1 is best; equal others count half. Only `block` rows of the similarities exist at a time.
+    1 is best; equal others count half. Only `block` rows of the similarities exist at a time. again: what a second look found, each way.
     """
     own = torch.from_numpy(owner)
     images = images if images.ndim == 3 else images[:, None]
     to_text = np.empty(len(images))
     for s in range(0, len(images), block):
         similar = (images[s:s + block] @ texts.T).amax(1)
+        similar = similar if again[0] is None else again[0].over(similar, s)
         mine = own[None] == torch.arange(s, s + len(similar))[:, None]
         best = similar.masked_fill(~mine, -torch.inf).amax(1, keepdim=True)
         others = ~mine
@@ -65,6 +79,7 @@ def ranks(images: Tensor, texts: Tensor, owner: np.ndarray, block: int = 512) ->
     to_image = np.empty(len(texts))
     for s in range(0, len(texts), block):
         similar = (images @ texts[s:s + block].T).amax(1).T
+        similar = similar if again[1] is None else again[1].over(similar, s)
         mine = own[s:s + block, None]
         others = torch.ones_like(similar, dtype=torch.bool).scatter_(1, mine, False)
         to_image[s:s + block] = _rank(similar, similar.gather(1, mine), others)

@@ -79,7 +79,7 @@ def read(config: Dict, state: State) -> tuple[str, Dict]:
         "config.text.vocab": vocab, "config.text.length": length, "config.text.norm_pre.eps": eps, "config.text.pad": config.get("pad_token_id", 0),
         "config.text.kinds": size(state, "text_encoder.bert.embeddings.token_type_embeddings.weight"),
         "config.words.act": act, "config.words.norm.eps": eps,
-        "config.hide.vocab": vocab, "config.queue.size": size(state, "image_queue", 1), "config.queue.width": dim,
+        "config.hide.vocab": vocab, "config.words.vocab": vocab, "config.queue.size": size(state, "image_queue", 1), "config.queue.width": dim,
         "config.image_head.into": wide, "config.image_head.out": dim, "config.text_head.into": width, "config.text_head.out": dim,
         "config.match_head.into": width, "feed.text.vocab": vocab, "feed.text.length": min(30, length), **image_feed(image)}
     return "paper", out

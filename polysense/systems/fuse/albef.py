@@ -194,7 +194,8 @@ def config(vision: ResNet.Config | ViT.Config, text: Bert.Config, depth: int, di
     cross = Attention.Config(source=vision.width, dropout=dropout)
     fusion = bert(text.vocab, text.length, wide, depth, text.body.heads, dropout, cross)
     return ALBEF.Config(
-        vision=vision, text=text, fusion=fusion.body, words=WordHead.Config(), hide=WordMask.Config(vocab=text.vocab, mask=mask, special=special),
+        vision=vision, text=text, fusion=fusion.body, words=WordHead.Config(vocab=text.vocab),
+        hide=WordMask.Config(vocab=text.vocab, mask=mask, special=special),
         image_head=LinearBias.Config(into=vision.width, out=dim, std=0.02), text_head=LinearBias.Config(into=wide, out=dim, std=0.02),
         match_head=LinearBias.Config(into=wide, out=2, std=0.02), queue=Queue.Config(size=queue, width=dim),
         teacher=Teacher.Config(momentum=momentum), ramp=ramp)
@@ -205,7 +206,7 @@ def answering(of: Any) -> ALBEF.Config:
     _, start, end = of.hide.special
     if of.vision.width != of.text.width:
         raise UserError("the answer decoder starts as a copy of the fusion encoder", "give image and text tower one width")
-    return of.but(answer=CaptionDecoder.Config(text=of.text.but(body=of.fusion), words=WordHead.Config(), start=start, end=end))
+    return of.but(answer=CaptionDecoder.Config(text=of.text.but(body=of.fusion), words=of.words, start=start, end=end))
 
 
 def captions() -> Preset:
