@@ -61,6 +61,27 @@ class EncodesAudio(Protocol):
 
 
 @runtime_checkable
+class EncodesDepth(Protocol):
+    def encode_depth(self, depth: Tensor) -> Tensor:
+        """depth [B,1,H,W] -> [B,D], unit norm."""
+        ...
+
+
+@runtime_checkable
+class EncodesThermal(Protocol):
+    def encode_thermal(self, thermal: Tensor) -> Tensor:
+        """thermal [B,1,H,W] -> [B,D], unit norm."""
+        ...
+
+
+@runtime_checkable
+class EncodesIMU(Protocol):
+    def encode_imu(self, imu: Tensor) -> Tensor:
+        """imu [B,C,S], C channels of S samples -> [B,D], unit norm."""
+        ...
+
+
+@runtime_checkable
 class Classifies(Protocol):
     def classify(self, image: Tensor) -> Tensor:
         """image [B,3,H,W] -> logits [B,C] over the classes it was trained on."""
@@ -83,7 +104,9 @@ class GroundsText(Protocol):
 
 @runtime_checkable
 class GeneratesText(Protocol):
-    def generate_text(self, image: Tensor, prompt: Tensor, *, max_new: int) -> Tensor: ...
+    def generate_text(self, image: Tensor, prompt: Tensor, *, max_new: int) -> Tensor:
+        """image [B,3,H,W], prompt [B,L] ids as the feed writes them, right-padded -> new ids [B,N], N <= max_new, up to and with the end token."""
+        ...
 
 
 @runtime_checkable
@@ -171,7 +194,8 @@ class Subject(Protocol):
 CAPABILITIES: dict[str, type] = {
     "encode_image": EncodesImage, "encode_text": EncodesText, "encode_patches": EncodesPatches, "encode_video": EncodesVideo,
     "encode_video_parts": EncodesVideoParts, "encode_stream": StreamsVideo,
-    "encode_audio": EncodesAudio, "match_text": MatchesText, "ground_text": GroundsText, "classify": Classifies, "generate_text": GeneratesText,
+    "encode_audio": EncodesAudio, "encode_depth": EncodesDepth, "encode_thermal": EncodesThermal, "encode_imu": EncodesIMU,
+    "match_text": MatchesText, "ground_text": GroundsText, "classify": Classifies, "generate_text": GeneratesText,
     "generate_image": GeneratesImage,
     "sample_image": SamplesImage,
     "reconstruct": Reconstructs, "encode_codes": EncodesCodes, "decode_codes": DecodesCodes,

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from polysense.base.errors import UserError
-from polysense.cli import codes, data, draw, learn, match, systems, use
+from polysense.cli import codes, data, draw, learn, match, systems, talk, use
 from polysense.cli.out import Stopped
 
 __all__ = ["app", "main"]
@@ -51,6 +51,7 @@ for name, command, panel in (
         ("train", learn.train, LEARN), ("exam", learn.exam, LEARN), ("prove", learn.prove, LEARN),
         ("report", learn.report, LEARN),
         ("index", use.index, USE), ("search", use.search, USE), ("label", use.label, USE), ("encode", use.encode, USE),
+        ("caption", talk.caption, USE), ("ask", talk.ask, USE), ("chat", talk.chat, USE),
         ("match", match.match, USE), ("reconstruct", codes.reconstruct, USE), ("codes", codes.codes, USE),
         ("generate", draw.generate, USE),
         ("convert", systems.convert, BUILD), ("new", systems.new, BUILD)):

@@ -109,6 +109,8 @@ class CausalLM(Tower):
         if max_new < 1:
             raise UserError(f"max_new={max_new}", "ask for at least one token")
         logits, writer = self.start(x, mask, room=max_new - 1)
+        if not bool(logits.isfinite().all()):
+            raise UserError("the language model returned numbers that are not finite", "the weights or the picture are damaged")
         return (how or Greedy.Config()).build()(logits, writer, max_new=max_new, end=end, pad=pad)
 
     def start(self, x: Tensor, mask: Tensor | None = None, *, room: int) -> "tuple[Tensor, CachedWriter]":

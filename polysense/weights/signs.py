@@ -23,6 +23,13 @@ SIGNS: dict[tuple[str, str], str] = {
     ("dalle_dvae", "flava"): r"(image_codebook\.)?blocks\.group_1\.group\.block_1\.res_path\.path\.conv_1\.weight",
     ("sam", "hf"): r"mask_decoder\.upscale_conv1\.weight",
     ("sam", "official"): r"mask_decoder\.output_upscaling\.0\.weight",
+    ("beit", "hf"): r"beit\.(encoder\.relative_position_bias|shared_position_bias)\.relative_position_bias_table",
+    ("beit", "hf_classifier"): r"beit\.pooler\.layernorm\.weight",
+    ("beit", "unilm"): r"rel_pos_bias\.relative_position_bias_table",
+    ("imagebind", "official"): r"modality_trunks\.vision\.blocks\.0\.norm_1\.weight",
+    ("moco", "facebook"): r"(encoder_q|base_encoder)\.(conv1|patch_embed\.proj)\.weight",
+    ("latent_diffusion", "diffusers"): r"unet\.down_blocks\.0\.attentions\.0\.transformer_blocks\.0\.attn2\.to_k\.weight",
+    ("latent_diffusion", "original"): r"model\.diffusion_model\.input_blocks\.1\.1\.transformer_blocks\.0\.attn2\.to_k\.weight",
     ("bert", "hf"): r"(bert\.)?embeddings\.word_embeddings\.weight",
 }
 
