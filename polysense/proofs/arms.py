@@ -14,6 +14,7 @@ from polysense.data.tokenizer import make_tokenizer
 from polysense.pipeline import Pipeline
 from polysense.tasks import take
 from polysense.train.fit import fit
+from polysense.train.state import Training
 
 
 @dataclass
@@ -42,7 +43,10 @@ def train_arm(id: str, preset: Preset, source: Source, *, needs: tuple[str, ...]
     losses: list[float] = []
     for stage in preset.stages:
         fed = Loader(source, preset.feed, tokenizer, batch_size=stage.batch_size, seed=seed, needs=needs) if batches is None else batches
-        losses += [step.total for step in fit(system, stage, fed, clock=clock)]
+        training = Training(system, stage)
+        losses += [step.total for step in fit(system, stage, fed, training=training, clock=clock)]
+        if training.average:                 # where a run keeps an average of its weights, that is what is examined
+            system.load_state_dict(training.average.weights, strict=False)
     return Arm(Pipeline(system.eval(), preset, tokenizer, id=id), losses)
 
 

@@ -1,0 +1,126 @@
+"""The auto-encoder of latent diffusion. Shapes: B batch, H W pixels, h w = H/f W/f places, Z latent channels."""
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polysense.base.errors import UserError
+from polysense.base.spec import Spec
+from polysense.base.system import Part
+from polysense.nn.build import build
+from polysense.nn.norm import GroupNorm
+from polysense.nn.spatial import Grow, ResBlock, Shrink, SpatialAttention, silu
+
+
+class _Ends(nn.Module):
+    """What encoder and decoder share: the middle at the smallest size and the last convolution."""
+
+    def __init__(self, norm: Spec, width: int, last: int, out: int):
+        super().__init__()
+        block = ResBlock.Config(into=width, width=width, norm=norm)
+        self.mid: Any = nn.ModuleDict({"block1": block.build(), "attn": SpatialAttention.Config(width=width, norm=norm).build(),
+                                       "block2": block.build()})
+        self.norm_out, self.conv_out = build(norm, width=last), nn.Conv2d(last, out, 3, padding=1)
+
+    def middle(self, x: Tensor) -> Tensor:
+        return self.mid["block2"](self.mid["attn"](self.mid["block1"](x)))
+
+    def end(self, x: Tensor) -> Tensor:
+        return self.conv_out(silu(self.norm_out(x)))
+
+
+def _level(norm: Spec, intos: list[int], width: int, after: dict[str, Part]) -> nn.Module:
+    out: Any = nn.Module()
+    out.blocks = nn.ModuleList(ResBlock(ResBlock.Config(into=i, width=width, norm=norm)) for i in intos)
+    for name, part in after.items():
+        out.add_module(name, part)
+    return out
+
+
+class _Encoder(_Ends):
+    def __init__(self, c: "KLVAE.Config"):
+        super().__init__(c.norm, c.widths[-1], c.widths[-1], 2 * c.latents)
+        self.conv_in, self.down = nn.Conv2d(c.channels, c.widths[0], 3, padding=1), nn.ModuleList()
+        into = c.widths[0]
+        for i, width in enumerate(c.widths):
+            after: dict[str, Part] = {"shrink": Shrink(Shrink.Config(width=width, pad="end"))} if i < len(c.widths) - 1 else {}
+            self.down.append(_level(c.norm, [into] + [width] * (c.depth - 1), width, after))
+            into = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in self.down:
+            for block in level.blocks:  # type: ignore[union-attr]
+                x = block(x)
+            x = level.shrink(x) if hasattr(level, "shrink") else x  # type: ignore[operator]
+        return self.end(self.middle(x))
+
+
+class _Decoder(_Ends):
+    def __init__(self, c: "KLVAE.Config"):
+        super().__init__(c.norm, c.widths[-1], c.widths[0], c.channels)
+        self.conv_in, self.up = nn.Conv2d(c.latents, c.widths[-1], 3, padding=1), nn.ModuleList()
+        into = c.widths[-1]
+        for i, width in reversed(list(enumerate(c.widths))):
+            after: dict[str, Part] = {"grow": Grow(Grow.Config(width=width))} if i else {}
+            self.up.append(_level(c.norm, [into] + [width] * c.depth, width, after))
+            into = width
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.middle(self.conv_in(z))
+        for level in self.up:
+            for block in level.blocks:  # type: ignore[union-attr]
+                x = block(x)
+            x = level.grow(x) if hasattr(level, "grow") else x  # type: ignore[operator]
+        return self.end(x)
+
+
+class KLVAE(Part):
+    """Pictures to a Gaussian over small maps and back (Rombach et al. 2022, section 3.1 and appendix G; f = 2^(levels - 1)).
+
+    Names: `encoder.conv_in encoder.down.{l}.blocks.{i} encoder.down.{l}.shrink encoder.mid encoder.norm_out encoder.conv_out quant`, and
+    `post_quant decoder.conv_in decoder.mid decoder.up.{l}.blocks.{i} decoder.up.{l}.grow decoder.norm_out decoder.conv_out`.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Spec):
+        widths: tuple[int, ...]              # of the levels, largest map first
+        depth: int = 2                       # residual blocks a level in the encoder, one more in the decoder
+        latents: int = 4
+        channels: int = 3
+        norm: Spec = field(default_factory=lambda: GroupNorm.Config(eps=1e-6))
+
+        @property
+        def stride(self) -> int:
+            """f: pixels along a side of one place."""
+            return 2 ** (len(self.widths) - 1)
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.encoder, self.decoder = _Encoder(c), _Decoder(c)
+        self.quant, self.post_quant = nn.Conv2d(2 * c.latents, 2 * c.latents, 1), nn.Conv2d(c.latents, c.latents, 1)
+        self.stride, self.channels, self.latents = c.stride, c.channels, c.latents
+        self.to(memory_format=torch.channels_last)
+
+    def moments(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """image [B,3,H,W] in [-1,1] -> mean and log-variance [B,Z,h,w]. Raises UserError where f does not divide the size."""
+        if image.ndim != 4 or image.shape[1] != self.channels or image.shape[2] % self.stride or image.shape[3] % self.stride:
+            raise UserError(f"a picture of shape {list(image.shape)}",
+                            f"this auto-encoder reads [B,{self.channels},H,W] with H and W multiples of {self.stride}")
+        mean, log = self.quant(self.encoder(image.contiguous(memory_format=torch.channels_last))).chunk(2, 1)
+        return mean, log.clamp(-30.0, 20.0)
+
+    def encode(self, image: Tensor) -> Tensor:
+        """image [B,3,H,W] -> latents [B,Z,h,w], drawn with torch's random numbers."""
+        mean, log = self.moments(image)
+        return mean + (0.5 * log).exp() * torch.randn_like(mean)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """latents [B,Z,h,w] -> image [B,3,H,W], about in [-1,1]."""
+        return self.decoder(self.post_quant(z.contiguous(memory_format=torch.channels_last)))
+
+
+def kl_to_normal(mean: Tensor, log: Tensor) -> Tensor:
+    """Divergence of N(mean, exp(log)) from N(0, 1), of each sample, summed over its numbers: [B,...] -> [B] nats."""
+    return 0.5 * (mean.square() + log.exp() - 1 - log).flatten(1).sum(1)
