@@ -5,7 +5,7 @@
 `.label(images, labels) -> list[Labelled]`, `.classify(images, classes) -> list[Labelled]`, `.explain(image, text) -> Explanation`,
 `.match(images, texts) -> [N,M]`, `.ground(image, text) -> Explanation`, `.detect(image, labels) -> list[Detection]`,
 `.caption(images) -> list[str]`, `.ask(image, question) -> str`, `.chat(image, messages) -> str`,
-`.reconstruct(images) -> list[picture]`, `.encode_codes(images) -> [N,h,w]`, `.decode_codes(codes) -> list[picture]`.
+`.segment(image, points, box) -> Segmentation`, `.reconstruct(images) -> list[picture]`, `.encode_codes(images) -> [N,h,w]`, `.decode_codes(codes) -> list[picture]`.
 """
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +27,7 @@ from polysense.pipeline import pairs
 from polysense.pipeline.clips import Clips
 from polysense.pipeline.draw import generate
 from polysense.pipeline.heat import NEUTRAL, Detection, Explanation, Heat, Labelled, content_words, heat_maps, overlay
+from polysense.pipeline.mask import Segmentation, detect, segment
 from polysense.pipeline.open import best_device, digest_of, find
 from polysense.pipeline.pictures import to_pictures
 from polysense.pipeline.talk import Talk
@@ -34,7 +35,7 @@ from polysense.tasks.templates import DEFAULT
 from polysense.tasks.zero_shot import templates_of, zero_shot_classifier
 from polysense.train.precision import autocast
 
-__all__ = ["Detection", "Explanation", "Heat", "Labelled", "Pipeline", "open_pipeline", "overlay"]
+__all__ = ["Detection", "Explanation", "Heat", "Labelled", "Pipeline", "Segmentation", "open_pipeline", "overlay"]
 
 Progress = Callable[[int, int], object]
 TEMPLATES = DEFAULT                                   # CLIP's prompt (Radford et al. 2021, section 3.1.4)
@@ -229,11 +230,22 @@ class Pipeline(Clips, Talk):
         """`count` pictures of each text, or without words: see `pipeline.draw.generate` for steps, guidance, seed, hints, sampler."""
         return generate(self, [texts] if isinstance(texts, str) else list(texts), count, **options)
 
-    def detect(self, image: Any, labels: Sequence[str], *, templates: str | Sequence[str] = TEMPLATES, backgrounds: Sequence[str] = BACKGROUNDS,
+    def segment(self, image: Any, points: Sequence[tuple[float, float]] = (), labels: Sequence[int] | None = None,
+                box: tuple[float, float, float, float] | None = None, text: str | None = None) -> Segmentation:
+        """The outline of one thing, told by places (x y in [0, 1]; `labels` 1 inside, 0 outside), a box (x0 y0 x1 y1), both, or by a text. Several
+        readings of an ambiguous prompt, best first. The next prompt on the same picture reuses its encoding."""
+        return segment(self, image, points, labels, box, text)
+
+    def detect(self, image: Any, labels: Sequence[str] | None = None, *, templates: str | Sequence[str] = TEMPLATES, backgrounds: Sequence[str] = BACKGROUNDS,
                scales: Sequence[float] = (1.0, 0.66, 0.5, 0.33), threshold: float = 0.5, iou: float = 0.3, top: int = 100) -> list[Detection]:
         """Zero-shot detection (CLIP on region crops): square crops of a grid at several scales (fractions of the short side, half a crop
         apart) are scored against the labels and the background prompts; what is likelier than `threshold` is kept after
-        non-maximum suppression at overlap `iou` within each label. Best first."""
+        non-maximum suppression at overlap `iou` within each label. Best first. A system that detects by itself needs no labels: they keep some of
+        its classes."""
+        if self.can("detect"):
+            return detect(self, image, _listed(labels or []), threshold, top)
+        if not labels:
+            raise UserError("nothing says what to find", "give labels: this system compares pictures and texts")
         from kornia.geometry.bbox import nms
 
         picture, labels = decode(image), _listed(labels)
