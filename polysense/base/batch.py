@@ -28,6 +28,8 @@ VOCABULARY: dict[str, Key] = {
     "video": Key("B T 3 H W", "float", "frames, normalised"),
     "video_mask": Key("B T", "bool", "True where `video` holds a real frame, False on padding"),
     "audio": Key("B S", "float", "mono samples in [-1, 1] at the feed's rate"),
+    "thermal": Key("B 1 H W", "float", "heat picture of one channel"),
+    "imu": Key("B C S", "float", "acceleration and rotation, C channels of S samples"),
     "features": Key("B D", "float", "cached pooled features of a locked tower"),
     "regions": Key("B N D", "float", "features of detected regions"),
     "boxes": Key("B N 4", "float", "boxes as x0 y0 x1 y1 in [0, 1]; rows of -1 are padding"),

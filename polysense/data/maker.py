@@ -350,7 +350,7 @@ class Maker:
             batch["tags"] = torch.zeros(len(abouts), len(self.source.tag_names))
             rows = [r for r, a in enumerate(abouts) for _ in a["tags"]]
             batch["tags"][rows, [t for a in abouts for t in a["tags"]]] = 1.0
-        for key in ("regions", "origin", "direction", "rgb"):
+        for key in ("regions", "thermal", "imu", "origin", "direction", "rgb"):
             if key in self.keys:
                 batch[key] = _padded([torch.as_tensor(np.asarray(a[key], np.float32)) for a in abouts], 0.0)
 

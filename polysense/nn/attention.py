@@ -108,6 +108,7 @@ class Attention(Part):
             q, k = self.rope(q, position), self.rope(k, position)
         if cache is not None:
             k, v = cache.extend(k, v)
+        k, v, mask = self.more(k, v, mask, causal)
         mask = attention_mask(mask) if mask is not None else None
         if causal and (mask is not None or k.shape[2] != q.shape[2]):
             earlier = causal_mask(q.shape[2], k.shape[2], q.device)
@@ -118,6 +119,10 @@ class Attention(Part):
             causal = False
         mixed = attend(q, k, v, mask, causal, self.dropout if self.training else 0.0)
         return self.out(mixed.transpose(1, 2).flatten(2))
+
+    def more(self, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Hook: keys and values [B,M,S,H] with what stands beside the source's own, and the mask that goes with them."""
+        return k, v, mask
 
     def values(self, x: Tensor) -> Tensor:
         """x [B,T,D] -> [B,T,D], each token's own value through the output linear, without mixing (MaskCLIP, Zhou et al. 2022, section 3.2)."""
@@ -140,3 +145,23 @@ class Attention(Part):
         """What forward makes of given weights [B,N,T,S] and the tokens they read [B,S,source] -> [B,T,D]."""
         v = self.v(source).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2).repeat_interleave(self.heads // self.kv_heads, 1)
         return self.out((weights @ v).transpose(1, 2).flatten(2))
+
+
+class BiasAttention(Attention):
+    """Attention with one learned key and value behind those of the source, the same for every sample (`add_bias_kv` of torch): a place to look at
+    when nothing else fits."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Attention.Config):
+        pass
+
+    def __init__(self, c: Config):
+        super().__init__(c)
+        self.bias_k, self.bias_v = (nn.Parameter(torch.randn(self.kv_heads * self.head_width) * self.head_width ** -0.5) for _ in range(2))
+
+    def more(self, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        if causal:
+            raise UserError("attention with a learned key has no order, so it cannot be causal", "take Attention")
+        k, v = (torch.cat([t, b.to(t.dtype).view(1, self.kv_heads, 1, -1).expand(len(t), -1, -1, -1)], 2)
+                for t, b in ((k, self.bias_k), (v, self.bias_v)))
+        return k, v, mask if mask is None else F.pad(mask, (0, 1), value=True if mask.dtype == torch.bool else 0.0)

@@ -59,7 +59,8 @@ def carry(start: Start, run: Run, system: System) -> None:
     """
     said = f"start {start.into or 'system'} <- {start.from_}{'.' + start.take if start.take else ''}"
     inside = [f"{start.take}." if start.take else "", f"{start.into}." if start.into else ""]
-    theirs, ours = ({k.removeprefix(p): v for k, v in s.state_dict().items() if k.startswith(p)} for p, s in zip(inside, (run.system, system)))
+    theirs, ours = ({k[len(p):]: v for k, v in s.state_dict().items() if k.startswith(p) or f"{k}." == p}      # a module, or one parameter
+                    for p, s in zip(inside, (run.system, system)))
     if not theirs or not ours:
         raise UserError(f"{said}: there is nothing called {start.into if not ours else start.take}", "look at the names of both systems")
     for name in sorted(theirs.keys() | ours.keys()):

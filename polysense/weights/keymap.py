@@ -66,6 +66,7 @@ transpose = Op("transpose", lambda t: [_matrix(t[0])], lambda t: [_matrix(t[0])]
 lead1 = Op("lead1", lambda t: [t[0][None]], lambda t: [_squeeze(t[0], 1)])                         # [L,D] -> [1,L,D]
 lead2 = Op("lead2", lambda t: [t[0][None, None]], lambda t: [_squeeze(t[0], 2)])                   # [D] -> [1,1,D]
 tied = Op("tied", lambda t: [_equal(t)], lambda t: [t[0], t[0]])                                     # two of theirs are the same one of ours
+flat = Op("flat", lambda t: [t[0].reshape(-1)], lambda t: [t[0][None, None]])                      # [1,1,D] -> [D]
 scalar = Op("scalar", lambda t: [t[0].reshape(())], lambda t: [t[0]])                              # [1] or [] -> []
 
 
