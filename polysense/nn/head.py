@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from polysense.base.spec import Spec
 from polysense.base.system import Part
-from polysense.nn.norm import BatchNorm1d
+from polysense.nn.norm import BatchNorm1d, LayerNorm
 
 
 class Linear(Part, nn.Linear):
@@ -76,16 +76,38 @@ class TanhHead(Part):
         return self.out(torch.tanh(self.pre(x)))
 
 
+class NormLinear(Part):
+    """A dense layer on a layer-normalised feature: BEiT's fine-tuning head, the norm behind the mean of the patches. Names: `norm`, `out`."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Spec):
+        into: int
+        out: int
+        eps: float = 1e-6
+        std: float = 0.02
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.norm, self.out = LayerNorm(LayerNorm.Config(width=c.into, eps=c.eps)), nn.Linear(c.into, c.out)
+        nn.init.trunc_normal_(self.out.weight, std=c.std)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.norm(x))
+
+
 class Projector(Part):
     """Linear, batch norm, ReLU, ... , linear: [B, widths[0]] -> [B, widths[-1]].
 
     Every linear but the last is followed by batch norm and ReLU; SimCLR has two, SLIP three linears (Mu et al. 2022: 4096, 4096, 256).
-    Names: `layers.{i}.linear`, `layers.{i}.norm`.
+    `last` says what the last linear has: a "bias" (SimCLR), "nothing" (MoCo v3's predictor of a ResNet), or no bias and a batch "norm" without
+    parameters behind it (MoCo v3). Names: `layers.{i}.linear`, `layers.{i}.norm`.
     """
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Spec):
         widths: tuple[int, ...]              # into, hidden..., out
+        last: str = "bias"                   # or "nothing", "norm"
 
     def __init__(self, c: Config):
         super().__init__()
@@ -93,11 +115,12 @@ class Projector(Part):
         for i, (a, b) in enumerate(zip(c.widths[:-1], c.widths[1:], strict=True)):
             last = i == len(c.widths) - 2
             layer = nn.Module()
-            layer.linear = nn.Linear(a, b, bias=last)                   # batch norm subtracts the mean: a bias before it is idle
-            layer.norm = nn.Identity() if last else BatchNorm1d(BatchNorm1d.Config(width=b))
+            layer.linear = nn.Linear(a, b, bias=last and c.last == "bias")      # batch norm subtracts the mean: a bias before it is idle
+            end = nn.BatchNorm1d(b, affine=False) if c.last == "norm" else nn.Identity()
+            layer.norm = end if last else BatchNorm1d(BatchNorm1d.Config(width=b))
             self.layers.append(layer)
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
             x = layer.norm(layer.linear(x)).relu()
-        return self.layers[-1].linear(x)
+        return self.layers[-1].norm(self.layers[-1].linear(x))

@@ -1,5 +1,6 @@
 """Normalisation layers for slots named `norm`. Statistics are taken in float32 whatever the autocast type."""
 from dataclasses import dataclass
+from math import gcd
 from typing import Self
 
 import torch
@@ -83,6 +84,44 @@ class BatchNorm1d(Part, _Freezable, nn.BatchNorm1d):
 
     def __init__(self, c: Config):
         nn.BatchNorm1d.__init__(self, c.width, eps=c.eps, momentum=c.momentum)
+
+
+class SplitNorm(Part, nn.Module):
+    """Batch norm of [B,C,H,W] whose statistics are taken over `groups` parts of the batch, one after the other: what so many devices without
+    synchronised norms would compute (He et al. 2020, MoCo, section 3.3). Running statistics are means over the parts. Never synchronised over
+    ranks: that samples of a part share statistics, and different ones than those of another part, is its purpose."""
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Spec):
+        width: int = 0
+        groups: int = 8                      # of a batch that they do not divide: the largest common divisor
+        eps: float = 1e-5
+        momentum: float = 0.1
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(c.width)), nn.Parameter(torch.zeros(c.width))
+        self.register_buffer("running_mean", torch.zeros(c.width))
+        self.register_buffer("running_var", torch.ones(c.width))
+        self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.int64))
+        self.groups, self.eps, self.momentum = c.groups, c.eps, c.momentum
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        parts, c = gcd(len(x), self.groups), x.shape[1]
+        mean, var = self.running_mean.repeat(parts), self.running_var.repeat(parts)
+        side = x.unflatten(0, (parts, -1)).transpose(0, 1).flatten(1, 2)          # part p's channel k becomes channel p * C + k
+        y = F.batch_norm(side, mean, var, self.weight.repeat(parts), self.bias.repeat(parts), True, self.momentum, self.eps)
+        with torch.no_grad():
+            self.running_mean.copy_(mean.view(parts, c).mean(0))
+            self.running_var.copy_(var.view(parts, c).mean(0))
+            self.num_batches_tracked += 1
+        return y.unflatten(1, (parts, c)).transpose(0, 1).flatten(0, 1)
 
 
 class GroupNorm(Part, nn.GroupNorm):

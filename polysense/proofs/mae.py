@@ -65,7 +65,7 @@ def tuned(encoder: System | None, few: Source, test: Source, seed: int) -> float
     """Accuracy of the same tower after fine-tuning on few labels, from the encoder's weights or from scratch."""
     like = digit(0)
     preset = vit.tiny().but(config=vit.tiny().config.but(backbone=like.config.encoder, head=LinearBias.Config(into=96, out=10)), feed=like.feed).but(
-        **{"stages.0.steps": 150, "stages.0.batch_size": 50, "stages.0.optim.warmup": 15})
+        **{"stages.0.steps": 200, "stages.0.batch_size": 64, "stages.0.optim.warmup": 20, "stages.0.optim.lr": 2e-3})
 
     def carry(system: System) -> None:
         if encoder is not None:

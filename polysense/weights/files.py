@@ -17,7 +17,7 @@ from torch import Tensor
 from polysense.base.errors import UserError
 from polysense.weights.torchscript import is_torchscript, read_torchscript
 
-PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 PREFERRED = ("model.safetensors", "model.safetensors.index.json", "open_clip_model.safetensors", "open_clip_pytorch_model.bin",
              "pytorch_model.bin", "pytorch_model.bin.index.json")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
@@ -136,6 +136,8 @@ def write_files(folder: Path, texts: dict[str, dict[str, Any]], weights: dict[st
     target = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.part") if new else folder
     target.mkdir(parents=True, exist_ok=True)
     try:
+        for name in (*weights, *texts):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
         for name, state in weights.items():
             write_state(target / name, state)
         for name, text in texts.items():

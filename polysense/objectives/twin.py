@@ -1,0 +1,30 @@
+"""Losses between two views where one side has no gradient: keys of a queue, keys of the batch, a teacher's distribution.
+
+On several ranks each computes its own rows; the mean over ranks is the loss of the global batch (see spread.py).
+"""
+# torch is typed in part only, hence (strict mode would refuse what torch itself leaves open):
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from polysense.objectives.spread import gather, places
+
+
+def queue_nce(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> Tensor:
+    """Each query against its own key and the keys of a queue [K,D]: cross-entropy of [q.k+, q.queue] / temperature with label 0 (He et al. 2020,
+    MoCo, equation 1). query, key unit-norm [B,D]; key and queue get no gradient. Scalar."""
+    query, key = query.float(), key.detach().float()
+    logits = torch.cat([(query * key).sum(1, keepdim=True), query @ queue.detach().float().T], 1) / temperature
+    return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64, device=logits.device))
+
+
+def batch_nce(query: Tensor, key: Tensor, temperature: float) -> Tensor:
+    """Each query against the keys of all ranks' batches, its own is the positive, times 2 temperature (Chen et al. 2021, MoCo v3, algorithm 1).
+
+    query, key unit-norm [B,D]; key gets no gradient. Scalar.
+    """
+    at = places(query)
+    logits = query.float() @ gather(key.detach().float(), at).T / temperature
+    label = at.start + torch.arange(len(query), device=query.device)
+    return 2 * temperature * F.cross_entropy(logits, label, reduction="sum") / at.share
