@@ -36,6 +36,11 @@ class Part(Configured, nn.Module):
         another grid) does; the rest returns it as it is, and the Start is refused for its shape."""
         return value
 
+    def take_over(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What become of the weights of a Start into this part, by their names below it. A part that another form of itself was trained for
+        (BEiT's shared table, copied to every layer) renames, copies or leaves behind; the rest returns them as they are."""
+        return weights
+
 
 class System(Part, ABC):
     """Holds weights, implements capabilities, offers objectives. Archetypes are abstract, recipes are `@final`."""

@@ -58,6 +58,7 @@ class DVAEEncoder(Part):
         groups: int = 4                      # stages; the stride is 2 ** (groups - 1)
         depth: int = 2                       # blocks a stage
         channels: int = 3
+        spread: float = 1.0                  # factor of the output's weights at birth: short runs do not live to see logits grow beyond the noise
 
     def __init__(self, c: Config):
         super().__init__()
@@ -65,6 +66,7 @@ class DVAEEncoder(Part):
         self.input = _conv(c.channels, c.width, 7)
         self.stages: Any = _stages(c.width, widths, c.depth, (3, 3, 3, 1))
         self.output = _conv(widths[-1], c.codes, 1)
+        self.output.weight.data.mul_(c.spread)
         self.stride, self.codes, self.channels = 2 ** (c.groups - 1), c.codes, c.channels
 
     def forward(self, mapped: Tensor) -> Tensor:
@@ -116,6 +118,10 @@ class DVAECodec(Part):
     class Config(Spec):
         encoder: DVAEEncoder.Config
         decoder: DVAEDecoder.Config | None
+
+        @property
+        def codes(self) -> int:
+            return self.encoder.codes
 
     def __init__(self, c: Config):
         super().__init__()

@@ -188,6 +188,10 @@ class VQCodec(Part):
         quantizer: VectorQuantizer.Config
         decoder: Spec
 
+        @property
+        def codes(self) -> int:
+            return self.quantizer.codes
+
     def __init__(self, c: Config):
         super().__init__()
         self.encoder, self.quantizer, self.decoder = c.encoder.build(), c.quantizer.build(), c.decoder.build()

@@ -65,3 +65,20 @@ class ClipInit(Configured):
                 nn.init.normal_(m.weight, std=std)
                 if m.bias is not None:
                     nn.init.zeros_(m.bias)
+
+
+class RescaledInit(Configured):
+    """NormalInit, then both linears that write to the residual stream of layer l, from 1, divided by sqrt(2 l) (BEiT, Bao et al. 2022, section 2.5)."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Spec):
+        std: float = 0.02
+
+    def __init__(self, c: Config):
+        self.std = c.std
+
+    def __call__(self, body: nn.Module) -> None:
+        NormalInit(NormalInit.Config(std=self.std))(body)
+        for i, block in enumerate(body.blocks):  # type: ignore[arg-type]
+            for linear in (block.attn.out, block.mlp.down):
+                linear.weight.data.div_((2 * (i + 1)) ** 0.5)

@@ -34,8 +34,9 @@ def compare(seed: int, train, test, steps: int = STEPS) -> Outcome:
     held = torch.cat([unit(x, cooled) for x in pictures(test, cooled)])
     hard = {name: codec_psnr(s, test) for name, s in (("cooled", cooled), ("warm", warm))}
     gaps = {f"soft minus hard PSNR, {name}": soft_psnr(s, held[:200]) - codec_psnr(s, test) for name, s in (("cooled", cooled), ("warm", warm))}
-    return Outcome(hard["cooled"], {"constant temperature 1": hard["warm"], "mean colour of each patch": float(psnr(patch_mean(held, 4), held).mean())},
-                   {**gaps, "perplexity of the codes": float(perplexity(code_counts(cooled, test)))})
+    plain = float(psnr(patch_mean(held, 4), held).mean())
+    return Outcome(hard["cooled"], {"constant temperature 1": hard["warm"], "mean colour of each patch": plain}, {
+        **gaps, "perplexity of the codes": float(perplexity(code_counts(cooled, test)))})
 
 
 def run(seed: int) -> Outcome:

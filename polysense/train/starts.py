@@ -61,6 +61,8 @@ def carry(start: Start, run: Run, system: System) -> None:
     inside = [f"{start.take}." if start.take else "", f"{start.into}." if start.into else ""]
     theirs, ours = ({k[len(p):]: v for k, v in s.state_dict().items() if k.startswith(p) or f"{k}." == p}      # a module, or one parameter
                     for p, s in zip(inside, (run.system, system)))
+    into = system.get_submodule(start.into) if theirs and ours and "" not in ours else system
+    theirs = into.take_over(theirs) if isinstance(into, Part) and theirs else theirs
     if not theirs or not ours:
         raise UserError(f"{said}: there is nothing called {start.into if not ours else start.take}", "look at the names of both systems")
     for name in sorted(theirs.keys() | ours.keys()):

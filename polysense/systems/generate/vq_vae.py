@@ -99,6 +99,13 @@ def tiny() -> Preset:
                       optim=Optim(name="adam", lr=1e-3, warmup=20))))
 
 
+def small() -> Preset:
+    """32 px to 8x8 codes of 64: the targets of tiny masked models and the words of tiny generators. The prior is left out of its training."""
+    base = tiny().but(**{"config.codec.quantizer.codes": 64, "config.prior.codes": 64, "config.prior.side": 8,
+                         "feed.image.size": 32, "feed.train_image.size": 32})
+    return base.but(stages=base.stages[:1])
+
+
 def paper() -> Preset:
     """ImageNet at 128 px to 32x32 codes of 512 (section 4.1); the width of a code is not given, 64 is that of the authors' code."""
     return Preset(

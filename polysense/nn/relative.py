@@ -1,0 +1,110 @@
+"""Relative position bias of image transformers: a learned number for each head and offset. Shapes: T tokens (prefix 1 + h w), N heads."""
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from polysense.base.errors import UserError
+from polysense.base.spec import Spec
+from polysense.base.system import Part
+from polysense.nn.attention import Attention
+from polysense.nn.build import build
+from polysense.nn.cache import Cache, LayerCache
+from polysense.nn.transformer import Transformer
+
+EXTRA = 3                                    # class token to patch, patch to class token, class token to itself
+
+
+def offsets(grid: tuple[int, int]) -> Tensor:
+    """[T,T]: the row of the table for each (query, key) of a class token and the patches of a grid (Bao et al. 2022, released code)."""
+    h, w = grid
+    row, column = (v.flatten() for v in torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"))
+    rows = (2 * h - 1) * (2 * w - 1)
+    out = torch.empty(1 + h * w, 1 + h * w, dtype=torch.long)
+    out[1:, 1:] = (row[:, None] - row + h - 1) * (2 * w - 1) + column[:, None] - column + w - 1
+    out[0, :], out[:, 0], out[0, 0] = rows, rows + 1, rows + 2
+    return out
+
+
+def resized(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """A table [(2h-1)(2w-1)+3, N] for another grid: offsets interpolated in two dimensions, the three extra rows as they are."""
+    if old == new:
+        return table
+    field_ = table[:-EXTRA].unflatten(0, (2 * old[0] - 1, 2 * old[1] - 1)).permute(2, 0, 1)[None]
+    field_ = F.interpolate(field_.float(), (2 * new[0] - 1, 2 * new[1] - 1), mode="bilinear", align_corners=False)
+    return torch.cat([field_[0].flatten(1).T.to(table.dtype), table[-EXTRA:]])
+
+
+class RelativeBias(Part):
+    """`table` [(2h-1)(2w-1)+3, N], zero at birth; `bias(tokens)` is added to the attention scores (BEiT; Shaw et al. 2018)."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Spec):
+        grid: tuple[int, int]
+        heads: int = 0                       # 0: set by the owner
+
+    index: Tensor
+
+    def __init__(self, c: Config):
+        super().__init__()
+        h, w = self.grid = c.grid
+        self.table = nn.Parameter(torch.zeros((2 * h - 1) * (2 * w - 1) + EXTRA, c.heads))
+        self.register_buffer("index", offsets(c.grid), persistent=False)
+
+    def adapt(self, name: str, value: Tensor) -> Tensor:
+        """A table of another (square) grid, interpolated to this one."""
+        side = (round((len(value) - EXTRA) ** 0.5) + 1) // 2
+        return resized(value, (side, side), self.grid) if name == "table" and value.ndim == 2 else value
+
+    def forward(self, tokens: int) -> Tensor:
+        """tokens T -> [1,N,T,T]. Of another number than the grid has, they are a square grid, and the table is interpolated."""
+        index, table = self.index, self.table
+        if tokens != len(index):
+            side = round((tokens - 1) ** 0.5)
+            if side * side != tokens - 1:
+                raise UserError(f"{tokens} tokens are no class token and a square of patches", "relative positions need all patches, in a square")
+            index, table = offsets((side, side)).to(table.device), resized(table, self.grid, (side, side))
+        return table[index].permute(2, 0, 1)[None]
+
+
+class BiasedAttention(Attention):
+    """Self-attention with a relative position bias of its own: what fine-tuning gives every layer."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Attention.Config):
+        relative: RelativeBias.Config = field(default_factory=lambda: RelativeBias.Config(grid=(14, 14)))
+
+    def __init__(self, c: Config):
+        super().__init__(c)
+        self.relative = build(c.relative, heads=c.heads)
+
+    def forward(self, x: Tensor, source: Tensor | None = None, *, mask: Tensor | None = None, causal: bool = False,
+                cache: LayerCache | None = None, position: Tensor | None = None, value: Tensor | None = None) -> Tensor:
+        """As Attention.forward over all tokens of a picture; mask: floating point or None."""
+        bias = self.relative(x.shape[1])
+        return super().forward(x, source, mask=bias if mask is None else bias + mask, causal=causal, cache=cache, position=position,
+                               value=value)
+
+
+class BiasedTransformer(Transformer):
+    """A body all of whose layers share one relative position bias: what BEiT's pre-training has."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Transformer.Config):
+        relative: RelativeBias.Config = field(default_factory=lambda: RelativeBias.Config(grid=(14, 14)))
+
+    def __init__(self, c: Config):
+        super().__init__(c)
+        self.relative = build(c.relative, heads=c.heads)
+
+    def layers(self, x: Tensor, source: Tensor | None = None, *, mask: Tensor | None = None, source_mask: Tensor | None = None,
+               causal: bool = False, cache: Cache | None = None, position: Tensor | None = None, start: int = 0,
+               stop: int | None = None) -> list[Tensor]:
+        """As Transformer.layers, with the bias on the scores of every one; mask: floating point or None."""
+        bias = self.relative(x.shape[1])
+        return super().layers(x, source, mask=bias if mask is None else bias + mask, source_mask=source_mask, causal=causal, cache=cache,
+                              position=position, start=start, stop=stop)
+
+    def _at(self, x: Tensor, at: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        return self(x, mask=mask, causal=causal)[torch.arange(len(x), device=x.device), at][:, None]
