@@ -135,7 +135,9 @@ def resampled(wave: np.ndarray, rate: int, to: int) -> np.ndarray:
     window = torch.where(t.abs() < ZEROS, torch.cos(t * np.pi / ZEROS / 2) ** 2, 0.0)
     kernel = (torch.sinc(t) * window * cut).float()[:, None]                                    # [up,1,2 width + down]
     padded = F.pad(torch.from_numpy(np.ascontiguousarray(wave, np.float32))[None, None], (width, width + down))
-    return F.conv1d(padded, kernel, stride=down)[0].T.reshape(-1)[:ceil(len(wave) * Fraction(up, down))].clamp(-1, 1).numpy()
+    with torch.autocast("cpu", enabled=False), torch.no_grad():
+        out = F.conv1d(padded, kernel, stride=down)[0].T.reshape(-1)
+    return out[:ceil(len(wave) * Fraction(up, down))].clamp(-1, 1).numpy()
 
 
 def samples_of(plan: AudioPlan | None, train: bool) -> int | None:

@@ -84,8 +84,9 @@ class Clips:
         """Sounds -> unit vectors [N,D], float32; one at a time, so that no sound is padded for its neighbours."""
         rows = []
         for i, audio in enumerate(audios):
+            wave = self.read_audios([audio])
             with torch.inference_mode(), autocast("auto", self.device)(True):
-                rows.append(finite(self.system.encode_audio(self.read_audios([audio])), "encode_audio"))
+                rows.append(finite(self.system.encode_audio(wave), "encode_audio"))
             if progress:
                 progress(i + 1, len(audios))
         return np.concatenate(rows)
