@@ -21,6 +21,7 @@ VOCABULARY: dict[str, Key] = {
     "index": Key("B", "int", "position of the sample in its source; always offered, for error messages"),
     "image": Key("B 3 H W", "float", "picture, normalised as the preset's feed says"),
     "views": Key("B V 3 H W", "float", "V independently augmented views of the same picture"),
+    "crops": Key("B V 3 H W", "float", "V small random crops of the same picture (multi-crop)"),
     "text": Key("B L", "int", "token ids, trimmed to the longest of the batch"),
     "text_mask": Key("B L", "bool", "True where `text` holds a real token, False on padding"),
     "label": Key("B", "int", "class number"),

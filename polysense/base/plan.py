@@ -97,6 +97,12 @@ class Feed(Spec):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CropFeed(Feed):
+    """Multi-crop: besides a few large `views`, small ones of another size (Caron et al. 2020, SwAV)."""
+    crops: tuple[ViewPlan, ...] = ()                    # becomes `crops`, all of one size
+
+
+@dataclass(frozen=True, kw_only=True)
 class Optim(Spec):
     """The optimiser and its schedule. `lr` is for the stage's own batch size."""
     name: str = "adamw"                                 # adamw, adam, sgd, lars, lamb
@@ -112,6 +118,12 @@ class Optim(Spec):
     final: float = 0.0                                  # the last lr as a fraction of lr
     milestones: tuple[float, ...] = ()                  # "step": fractions of the stage at which lr is divided by ten
     lr_scale: tuple[tuple[str, float], ...] = ()        # (parameter pattern, factor) pairs
+
+
+@dataclass(frozen=True, kw_only=True)
+class RisingDecay(Optim):
+    """Weight decay that goes from `weight_decay` to `final_decay` on a cosine over the stage (Caron et al. 2021, DINO)."""
+    final_decay: float
 
 
 @dataclass(frozen=True, kw_only=True)

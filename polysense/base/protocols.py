@@ -128,6 +128,13 @@ class SamplesImage(Protocol):
 
 
 @runtime_checkable
+class Attends(Protocol):
+    def attend(self, image: Tensor) -> Tensor:
+        """image [B,3,H,W] -> [B,heads,h,w]: how much the class token of the last block looks at each patch; with itself it sums to one."""
+        ...
+
+
+@runtime_checkable
 class Reconstructs(Protocol):
     def reconstruct(self, image: Tensor) -> Tensor:
         """image [B,3,H,W], normalised as the feed says -> the same picture as the system sees it, [B,3,H,W], normalised alike."""
@@ -198,7 +205,7 @@ CAPABILITIES: dict[str, type] = {
     "match_text": MatchesText, "ground_text": GroundsText, "classify": Classifies, "generate_text": GeneratesText,
     "generate_image": GeneratesImage,
     "sample_image": SamplesImage,
-    "reconstruct": Reconstructs, "encode_codes": EncodesCodes, "decode_codes": DecodesCodes,
+    "attend": Attends, "reconstruct": Reconstructs, "encode_codes": EncodesCodes, "decode_codes": DecodesCodes,
     "segment": Segments, "detect": Detects, "render_view": RendersView, "answer_about_video": AnswersAboutVideo,
 }
 

@@ -19,15 +19,15 @@ from torch import Tensor
 
 from polysense.base.batch import VOCABULARY, Batch
 from polysense.base.errors import UserError
-from polysense.base.plan import ChatPlan, Feed, ImagePlan, VideoPlan, ViewPlan
+from polysense.base.plan import ChatPlan, CropFeed, Feed, ImagePlan, VideoPlan, ViewPlan
 from polysense.data import clips, images, views
 from polysense.data.chat import Chat
 from polysense.data.sources import BadSample, Sample, Source, name_of
 
 LEFT = 0.1                                              # share of a box that a crop must leave for it to count as in view
-PIXELS = ("image", "views", "mask", "depth", "hint", "edited", "boxes", "box_label")     # keys made through a picture's geometry
+PIXELS = ("image", "views", "crops", "mask", "depth", "hint", "edited", "boxes", "box_label")     # keys made through a picture's geometry
 TALK = {"chat", "chat_reply", "brief", "brief_reply"}   # conversations: made of questions and captions as a ChatPlan says
-MADE_OF = {"chat": "question", "chat_reply": "question", "brief": "text", "brief_reply": "text"}
+MADE_OF = {"crops": "views", "chat": "question", "chat_reply": "question", "brief": "text", "brief_reply": "text"}
 TEXTS = {"text", "text_mask", "question", "answer"} | TALK                                # what takes a tokenizer
 RECENT = 64                                             # batches whose ids are kept for `names`
 
@@ -48,9 +48,14 @@ def makeable(feed: Feed, train: bool) -> set[str]:
     picture = (feed.image or (feed.train_image if train else None)) is not None
     texts = {"text", "text_mask", "question", "answer"} | (TALK if isinstance(feed.text, ChatPlan) else set())
     geometry, moving = {"image", "boxes", "box_label", "mask", "depth", "hint", "edited"}, {"video", "video_mask"}
-    return ({k for k in VOCABULARY if k not in TALK | texts | geometry | moving | {"views"}} | (geometry if picture else set())
+    return ({k for k in VOCABULARY if k not in TALK | texts | geometry | moving | {"views", "crops"}} | (geometry if picture else set())
             | (moving if picture or (feed.video and feed.video.image) else set()) | (texts if feed.text else set())
-            | ({"views"} if feed.views else set()))
+            | ({"views"} if feed.views else set()) | ({"crops"} if crops_of(feed) else set()))
+
+
+def crops_of(feed: Feed) -> tuple[ViewPlan, ...]:
+    """The small views of a multi-crop feed."""
+    return feed.crops if isinstance(feed, CropFeed) else ()
 
 
 def check_needs(needs: Iterable[str], offers: Iterable[str], feed: Feed | None = None, name: str = "the data", train: bool = True) -> tuple[str, ...]:
@@ -90,7 +95,8 @@ class Maker:
         self.view = feed.train_image if train else None
         self.clip = feed.video or VideoPlan()
         self.samples = clips.samples_of(feed.audio, train)
-        self.plans = [p for p, key in ([(self.view, "image")] if self.view else []) + [(v, "views") for v in feed.views] if key in keys]
+        self.plans = [p for p, key in ([(self.view, "image")] if self.view else []) + [(v, "views") for v in feed.views] + [
+            (v, "crops") for v in crops_of(feed)] if key in keys]
         self.work = views.working_side(self.plans) if self.plans else 0
         largest = getattr(source, "largest", None)
         self.canvas = min(views.canvas_side(self.work), -(-largest // 8) * 8) if self.plans and largest else views.canvas_side(self.work)
@@ -307,10 +313,13 @@ class Maker:
                               torch.from_numpy(np.stack(held))[:, None] if key == "depth" else
                               images.normalised(torch.from_numpy(np.stack(held)), plan) if key == "edited" else
                               torch.from_numpy(np.stack(held)).permute(0, 3, 1, 2).float() / 255)
-        if "views" in self.keys:
-            plan = self.feed.image or ImagePlan(size=self.feed.views[0].size)
-            made = [views.view(p, self._part(step, 1 + k, n), canvas, sizes)[0] for k, p in enumerate(self.feed.views)]
-            batch["views"] = torch.stack([images.normalised(v, plan) for v in made], 1)
+        first = 1
+        for key, plans in (("views", self.feed.views), ("crops", crops_of(self.feed))):
+            if key in self.keys:
+                plan = self.feed.image or ImagePlan(size=plans[0].size)
+                made = [views.view(p, self._part(step, first + k, n), canvas, sizes)[0] for k, p in enumerate(plans)]
+                batch[key] = torch.stack([images.normalised(v, plan) for v in made], 1)
+            first += len(plans)
         if "boxes" in self.keys or "box_label" in self.keys:
             batch["boxes"], batch["box_label"] = _framed(abouts, frame, mirror)
 

@@ -2,7 +2,7 @@
 from math import cos, pi
 
 from polysense.base.errors import UserError
-from polysense.base.plan import Optim
+from polysense.base.plan import Optim, RisingDecay
 
 SCHEDULES = ("cosine", "linear", "constant", "step", "rsqrt")
 
@@ -32,3 +32,10 @@ def factor(optim: Optim, step: float, steps: int) -> float:
             return max(optim.final, (max(1, warmup) / max(1, warmup, step)) ** 0.5)
         case _:
             return 1.0
+
+
+def decayed(optim: Optim, progress: float) -> float | None:
+    """The weight decay at a share `progress` of the stage where it moves (RisingDecay), else None: it stays as it is."""
+    if not isinstance(optim, RisingDecay):
+        return None
+    return optim.final_decay + (optim.weight_decay - optim.final_decay) * (1 + cos(pi * min(1.0, progress))) / 2

@@ -19,7 +19,7 @@ from polysense.train.gradients import Call, still_statistics
 from polysense.train.optim import make_optimizer
 from polysense.train.parallel import BLOCK, World, local, total_norm
 from polysense.train.precision import autocast
-from polysense.train.schedule import factor
+from polysense.train.schedule import decayed, factor
 
 
 class Average:
@@ -87,8 +87,11 @@ class Training:
     def step(self, optimizer: Optimizer, norm: float) -> None:
         """One optimiser step with this moment's learning rate, gradients clipped to the stage's largest norm."""
         clip, lr = self.stage.optim.clip, self.lr()
+        decay = decayed(self.stage.optim, self.index / self.stage.steps)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
+            if decay is not None and group["weight_decay"]:
+                group["weight_decay"] = decay
         if clip is not None and norm > clip:
             grads = [local(p.grad) for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
             torch._foreach_mul_(grads, clip / (norm + 1e-6))
