@@ -42,6 +42,11 @@ def resized(logits: Tensor, size: tuple[int, int]) -> Tensor:
     return logits if logits.shape[-2:] == size else F.interpolate(logits, size, mode="bilinear", align_corners=False)
 
 
+def shrunk(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    """Masks [O,H,W] at a smaller size: bool [O,h,w], True where at least half of a place is inside."""
+    return mask if mask.shape[-2:] == size else F.interpolate(mask[:, None].float(), size, mode="area")[:, 0] >= 0.5
+
+
 def error_point(logits: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
     """One pixel drawn evenly from where each prediction is wrong (from the truth, where it is nowhere wrong; from everywhere, if that is
     empty too): logits and truth [O,H,W] -> place [O,2] (x y, fractions of the sides, upper left corner of the pixel) and whether it is

@@ -129,7 +129,7 @@ def unframed(logits: Tensor, size: tuple[int, int], frame: Box) -> Tensor:
 
 def detect(pipeline: Any, image: Any, labels: Sequence[str] | None, threshold: float, top: int) -> list[Detection]:
     """Boxes of a system that finds things by itself: `system.classes` names them; `labels` keeps only some."""
-    names: tuple[str, ...] = tuple(getattr(pipeline.system, "classes", ()))
+    names: list[str] = list(getattr(pipeline.system, "classes", ()))
     if labels and (unknown := [n for n in labels if n not in names]):
         raise UserError(f"{pipeline.id or 'this system'} knows no {unknown[0]!r}", f"it finds {', '.join(names) or 'things without names'}")
     picture = decode(image)

@@ -34,7 +34,8 @@ def test_segment_writes_an_overlay_and_a_mask_and_answers_in_json(run, photo, tm
 
 
 @pytest.mark.parametrize(("words", "says"), [
-    (["--point", "0.3"], "X,Y"), ([], "nothing says what"), (["--point", "3,4"], "not in the picture"), (["--point", "0.1,0.1", "--out", "a.txt"], "use .png"),
+    (["--point", "0.3"], "X,Y"), ([], "nothing says what"), (["--point", "3,4"], "not in the picture"),
+    (["--point", "0.1,0.1", "--out", "a.txt"], "use .png"),
     (["--point", "0.1,0.1", "--out", "/no/such/a.png"], "no folder"), (["--box", "a,b,c,d"], "X0,Y0,X1,Y1")])
 def test_segment_refuses_in_one_line(run, photo, capsys, words, says):
     capsys.readouterr()

@@ -36,14 +36,15 @@ class Echo(torch.nn.Module):
         out = torch.full((1, 1, 2, size, size), -1.0)
         if points is not None:
             x, y = (points[0, 0, 0] * size).round().long()
-            out[0, 0, 1, y, x] = 1.0
+            out[0, 0, 1, y, x] = 20.0
         if boxes is not None:
             x0, y0, x1, y1 = boxes[0, 0]
             out[0, 0, 1][((at > y0) & (at < y1))[:, None] & (at > x0) & (at < x1)] = 1.0
         return out, torch.tensor([[[0.1, 0.9]]])
 
 
-@pytest.mark.parametrize(("fit", "size"), [("squash", (120, 60)), ("corner", (120, 60)), ("corner", (50, 90)), ("pad", (120, 60)), ("crop", (64, 64))])
+@pytest.mark.parametrize(("fit", "size"), [
+    ("squash", (120, 60)), ("corner", (120, 60)), ("corner", (50, 90)), ("pad", (120, 60)), ("crop", (64, 64))])
 def test_places_are_those_of_the_picture_however_it_is_fitted(fit, size):
     preset = preset_of("sam").but(**{"feed.image": ImagePlan(size=64, fit=fit)})
     got = Pipeline(Echo(), preset).segment(photo(size), box=(0.25, 0.5, 0.75, 0.9))
@@ -80,7 +81,8 @@ def test_a_real_system_answers_and_reuses_its_encoding(pipeline, tmp_path):
 
 @pytest.mark.parametrize(("prompt", "says"), [
     ({}, "nothing says"), ({"points": [(1.4, 0.2)]}, "not in the picture"), ({"points": [(0.4, 0.2)], "labels": [2]}, "labels for"),
-    ({"box": (0.5, 0.5, 0.5, 0.9)}, "no inside"), ({"text": "a dog"}, "does not read words"), ({"text": "a", "box": (0, 0, 1, 1)}, "prompt of its own")])
+    ({"box": (0.5, 0.5, 0.5, 0.9)}, "no inside"), ({"text": "a dog"}, "does not read words"),
+    ({"text": "a", "box": (0, 0, 1, 1)}, "prompt of its own")])
 def test_bad_prompts_are_refused_in_one_line(pipeline, prompt, says):
     with pytest.raises(UserError, match=says) as caught:
         pipeline.segment(photo(), **prompt)

@@ -112,7 +112,7 @@ def test_only_the_best_candidate_of_each_object_receives_gradient(sam, batch):
     sam.decoder.kernels.register_forward_hook(lambda m, args, out: tokens.append(out) or out.retain_grad())
     place, kind = sam.first(truth)
     out, score = sam.answer(sam.look(batch["image"])[[0, 0, 1]], sam.prompt.tokens(place, kind), single=False)
-    sam.judged(recipe.resized(out, (64, 64)), score, truth)[:2].sum().backward()
+    sam.judged(out, score, recipe.shrunk(truth, (32, 32)))[:2].sum().backward()
     assert (tokens[0].grad.abs().sum(-1) > 0).sum(1).tolist() == [1, 1, 1]
 
 

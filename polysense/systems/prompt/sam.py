@@ -30,7 +30,7 @@ from polysense.base.errors import UserError
 from polysense.base.system import Batch, Feed, ImagePlan, Losses, Optim, Part, Preset, Spec, Stage, Start, TextPlan, final
 from polysense.connectors.prompt import FIRST, INSIDE, PADDING, SECOND, PromptEncoder
 from polysense.decoders.mask import MaskDecoder
-from polysense.objectives.segment import boxes_of, dice, error_point, focal, iou, jittered, pick, resized
+from polysense.objectives.segment import boxes_of, dice, error_point, focal, iou, jittered, pick, shrunk
 from polysense.towers.clip import tiny_pair
 from polysense.towers.sam_vit import SamViT
 from polysense.weights import sam_hf, sam_official
@@ -126,20 +126,25 @@ class SAM(PromptableSegmenter):
         return place, kinds[boxed.long()]
 
     def play(self, seen: Tensor, truth: Tensor, place: Tensor, kind: Tensor, words: Tensor | None = None) -> Losses:
-        """All rounds for encodings [O,C,h,w] and truths [O,H,W], from a first prompt: places [O,T,2], kinds [O,T], words [O,D]."""
+        """All rounds for encodings [O,C,h,w] and truths [O,H,W], from a first prompt: places [O,T,2], kinds [O,T], words [O,D].
+
+        Masks are compared, and errors looked for, at the resolution of the answers (a quarter of the picture's): a click means the middle of
+        such a place.
+        """
         blank, previous, added, terms = int(torch.randint(1, max(2, self.rounds - 1), ())), None, 0, []
+        target = shrunk(truth, (4 * seen.shape[-2], 4 * seen.shape[-1]))
+        middle = 0.5 / torch.tensor([target.shape[-1], target.shape[-2]], device=seen.device) - 0.5 / self.vision.size
         for turn in range(self.rounds):
             tokens = self.prompt.tokens(place, kind)
             if words is not None:
                 tokens = torch.cat([tokens, self.prompt.read(words)], 1)
             logits, score = self.answer(seen, tokens, previous, single=added > 0)
-            full = resized(logits.float(), (truth.shape[-2], truth.shape[-1]))
-            terms.append(self.judged(full, score, truth))
+            terms.append(self.judged(logits.float(), score, target))
             best = score.argmax(1)
             previous = logits[torch.arange(len(best)), best].detach()
             if turn + 1 not in (blank, self.rounds - 1, self.rounds):
-                new, inside = error_point(full[torch.arange(len(best)), best].detach(), truth)
-                place, kind, added = torch.cat([place, new[:, None]], 1), torch.cat([kind, inside[:, None]], 1), added + 1
+                new, inside = error_point(previous, target)
+                place, kind, added = torch.cat([place, (new + middle)[:, None]], 1), torch.cat([kind, inside[:, None]], 1), added + 1
         one, two, three = torch.stack(terms).mean(0)
         return Losses(focal=one, dice=two, iou=three)
 
@@ -187,14 +192,15 @@ def learn(objective: Callable[..., Losses], trainable: tuple[str, ...] = ("*",))
 
 
 def tiny() -> Preset:
-    return Preset(data="scenes:nested", config=small(), stages=(learn(SAM.interact),), feed=Feed(image=ImagePlan(size=64, **IMAGENET)))
+    return Preset(data="scenes:nested", config=small(), stages=(learn(SAM.interact),),
+                  feed=Feed(image=ImagePlan(size=64, fit="corner", **IMAGENET)))
 
 
 def words() -> Preset:
     """Prompts in words, on the toy CLIP of this library: its towers are frozen, its feed is used for both."""
     return Preset(data="scenes", config=small(Aligned.Config(**tiny_pair())), starts=(Start(into="clip", from_="clip"),),
                   stages=(learn(SAM.speak, ("vision.*", "prompt.*", "decoder.*")),),
-                  feed=Feed(image=ImagePlan(size=64), text=TextPlan(vocab=4096, length=48)))
+                  feed=Feed(image=ImagePlan(size=64, fit="corner"), text=TextPlan(vocab=4096, length=48)))
 
 
 def released(body: int, depth: int, heads: int, whole: tuple[int, ...], drop_path: float) -> Preset:
