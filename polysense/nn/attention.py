@@ -117,8 +117,11 @@ class Attention(Part):
             else:
                 mask = mask & earlier if mask.dtype == torch.bool else mask.masked_fill(~earlier, -torch.inf)
             causal = False
-        mixed = attend(q, k, v, mask, causal, self.dropout if self.training else 0.0)
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        return self.out(self.mix(q, k, v, mask, causal).transpose(1, 2).flatten(2))
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        """q [B,N,T,H], k and v [B,M,S,H] -> [B,N,T,H]. `maps.mixing` puts another function in its place for a while."""
+        return attend(q, k, v, mask, causal, self.dropout if self.training else 0.0)
 
     def more(self, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         """Hook: keys and values [B,M,S,H] with what stands beside the source's own, and the mask that goes with them."""

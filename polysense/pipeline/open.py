@@ -53,7 +53,8 @@ def read_official(path: Path, system: str, layout: str) -> tuple[Any, Preset, An
     tokenizer: Any = None
     if preset.feed.text:
         try:
-            tokenizer = load_tokenizer(path if path.is_dir() else path.parent, preset.feed.text)
+            beside = path if path.is_dir() else path.parent
+            tokenizer = load_tokenizer(beside / "tokenizer" if (beside / "tokenizer").is_dir() else beside, preset.feed.text)
         except UserError as error:
             tokenizer = Speechless(error)
     return built, preset, tokenizer

@@ -17,7 +17,8 @@ class Layout:
     preset)`. `write(config) -> their config`. All three raise UserError for what this layout or our system cannot express.
 
     `feed(feed) -> their config` adds how pictures are read. Files of `beside` are read into, and written from, their config under the name
-    of the file without its ending.
+    of the file without its ending. `folders`: a checkpoint of several models, each in its own folder; names of weights begin with the
+    folder's, and their config, read from `config_file` at the top, holds one object more for each of them.
     """
     of: str                                                  # system
     name: str
@@ -28,6 +29,7 @@ class Layout:
     config_file: str = "config.json"                         # "": this layout has none
     weights_file: str = "model.safetensors"
     beside: tuple[str, ...] = ()
+    folders: tuple[tuple[str, str, str], ...] = ()           # (folder, its configuration file, its weights file or "")
 
 
 def read_checkpoint(path: str | Path, layout: Layout) -> tuple[dict[str, Any], State]:
@@ -40,6 +42,8 @@ def read_checkpoint(path: str | Path, layout: Layout) -> tuple[dict[str, Any], S
         if not HUB_ID.fullmatch(str(path)) or place.suffix in (".safetensors", *PICKLES):
             raise UserError(f"no checkpoint at {str(path)!r}", "give a folder, a weights file, or a hub id such as owner/name")
         place = download(str(path))
+    if layout.folders:
+        return _read_folders(place, layout)
     weights = find_weights(place, layout.weights_file)
     state = read_state(weights)
     if not bears(state, layout.of, layout.name):
@@ -50,6 +54,22 @@ def read_checkpoint(path: str | Path, layout: Layout) -> tuple[dict[str, Any], S
     for name in layout.beside:
         if (weights.parent / name).is_file():
             config[Path(name).stem] = read_json(weights.parent / name)
+    return config, state
+
+
+def _read_folders(place: Path, layout: Layout) -> tuple[dict[str, Any], State]:
+    if not place.is_dir():
+        raise UserError(f"{place.name} is one file", f"the layout {layout.name!r} is a folder with {', '.join(f for f, *_ in layout.folders)}")
+    config: dict[str, Any] = read_json(place / layout.config_file) if (place / layout.config_file).is_file() else {}
+    state = State()
+    for folder, about, file in layout.folders:
+        if not (place / folder).is_dir():
+            raise UserError(f"{place} has no folder {folder!r}", f"the layout {layout.name!r} has {', '.join(f for f, *_ in layout.folders)}")
+        config[folder] = read_json(place / folder / about) if (place / folder / about).is_file() else {}
+        if file:
+            state |= {f"{folder}.{k}": v for k, v in read_state(find_weights(place / folder, file)).items()}
+    if not bears(state, layout.of, layout.name):
+        raise UserError(f"{place} is not {layout.of} in the layout {layout.name!r}", hint(state))
     return config, state
 
 
@@ -65,6 +85,12 @@ def write_checkpoint(path: str | Path, config: dict[str, Any], state: State, lay
             raise UserError(f"the layout {layout.name!r} needs {layout.config_file} beside its weights", "give a folder, not a file")
         place.parent.mkdir(parents=True, exist_ok=True)
         write_state(place, state)
+        return place
+    if layout.folders:
+        texts = {f"{folder}/{about}": config[folder] for folder, about, _ in layout.folders}
+        texts[layout.config_file] = {k: v for k, v in config.items() if k not in {f for f, *_ in layout.folders}}
+        write_files(place, texts, {f"{folder}/{file}": {k.removeprefix(f"{folder}."): v for k, v in state.items() if k.startswith(f"{folder}.")}
+                                   for folder, _, file in layout.folders if file})
         return place
     texts = {name: config[Path(name).stem] for name in layout.beside if Path(name).stem in config}
     if layout.config_file:

@@ -75,3 +75,39 @@ def test_damaged_weights_are_said(run, tmp_path, capsys):
     save_file(state, place / "weights_ema.safetensors")
     assert main(["generate", "-m", str(place), "--steps", "2", "--out", str(tmp_path / "x.png")]) == 2
     assert "not finite" in capsys.readouterr().err and not (tmp_path / "x.png").exists()
+
+
+@pytest.fixture(scope="module")
+def painter():
+    """A text-to-image system with a tokenizer, untrained."""
+    import torch
+
+    from polysense.base.catalogue import preset_of
+    from polysense.data.tokenizer import make_tokenizer
+    from polysense.decoders.kl_vae import KLVAE
+    from polysense.nn.norm import GroupNorm
+    from polysense.pipeline import Pipeline
+    from polysense.systems.generate.latent_diffusion import unet
+    torch.manual_seed(0)
+    base = preset_of("latent_diffusion")
+    preset = base.but(config=base.config.but(
+        vae=KLVAE.Config(widths=(8, 16), depth=1, norm=GroupNorm.Config(groups=4, eps=1e-6)), size=16,
+        unet=unet((16, 32), (0,), 192, depth=1, heads=2, groups=8))).but(**{"feed.image.size": 16})
+    return Pipeline(preset.config.build(), preset, make_tokenizer(preset.feed.text, ["a red circle", "a blue star"]), id="latent_diffusion")
+
+
+def test_words_become_pictures(painter, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(polysense, "open", lambda *a, **k: painter)
+    words = ["generate", "a red circle", "a blue star", "-m", "any", "-n", "2", "--steps", "2", "--guidance", "3", "--out",
+             str(tmp_path / "a.png"), "--json"]
+    assert main(words) == 0
+    assert json.loads(capsys.readouterr().out)["texts"] == ["a red circle", "a blue star"]
+    assert Image.open(tmp_path / "a.png").size == (34, 34), "a row for each text"
+    assert main(["generate", "-m", "any"]) == 2 and "what it is told" in capsys.readouterr().err
+    assert main(["generate", "a red circle", "-m", "any", "--steps", "2", "--hint", str(tmp_path / "a.png"), "--out", str(tmp_path / "b.png")]) == 2
+    assert "does not hear 'hint'" in capsys.readouterr().err
+
+
+def test_guidance_reaches_the_system(painter):
+    one, two = (painter.generate("a red circle", steps=2, guidance=g)[0] for g in (1.0, 8.0))
+    assert painter.generate("a red circle", steps=2, guidance=8.0)[0].tobytes() == two.tobytes() and one.size == (16, 16)

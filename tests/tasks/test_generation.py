@@ -54,5 +54,5 @@ def test_the_judge_is_always_the_same():
 def test_too_few_pictures_are_refused():
     train = source("scenes:single?style=plain&size=16&shapes=2&n=20")
     with pytest.raises(UserError, match="at least two"):
-        take("generation", drawer(lambda count, steps: torch.zeros(count, 3, 8, 8)), source("scenes:single?size=16&shapes=2&n=9", split="test"), train=train,
-             count=1, judge_steps=1)
+        take("generation", drawer(lambda count, steps: torch.zeros(count, 3, 8, 8)), source("scenes:single?size=16&shapes=2&n=9", split="test"),
+             train=train, count=1, judge_steps=1)

@@ -1,0 +1,139 @@
+"""Latent diffusion: text to image, by removing noise in a small latent space (Stable Diffusion).
+
+An auto-encoder first learns a space of f x f times fewer places in which pictures lose next to nothing a person would see: E(x) is the mean and
+the log-variance of z, and
+
+    L_1 = |x - D(z)| / exp(s) + s + 1e-6 KL(E(x) || N(0, I)) + lambda * critic,    z ~ E(x), s learned              (appendix G, equation 25)
+
+with a critic of patches that joins late, and lambda the ratio of both terms' gradients at the decoder's last layer (Esser et al. 2021). Then it
+is frozen. A U-Net learns to take noise from z, scaled to unit deviation, while it reads the caption y through cross-attention, whose queries are
+the places of its maps and whose keys and values are the states tau(y) of a frozen CLIP text tower (all 77 of them, after the last norm):
+
+    L_2 = || e - eps(A_t z + B_t e, t, tau(y)) ||^2,    e ~ N(0, I)                                                  (equation 3)
+
+One caption in ten is the empty one, so that drawing can weigh words: eps(empty) + w (eps(y) - eps(empty)), w = 7.5. A moving average of the
+U-Net draws. `LatentDiffusion.steer` is the hook through which ControlNet and others put their hand in.
+"""
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from polysense.archetypes.denoiser import Sampler
+from polysense.archetypes.latent_diffusion import LatentDiffusion
+from polysense.base.card import Card
+from polysense.base.system import After, Batch, Feed, ImagePlan, Losses, Optim, Preset, Spec, Stage, Start, TextPlan, ViewPlan, final
+from polysense.decoders.kl_vae import KLVAE, kl_to_normal
+from polysense.decoders.patch_critic import PatchCritic, balance, hinge
+from polysense.nn.norm import GroupNorm
+from polysense.nn.spatial import ResBlock, SpatialTransformer
+from polysense.nn.unet import Level, UNet
+from polysense.towers.clip import body, tiny_pair
+from polysense.towers.clip_text import ClipText
+from polysense.weights import latent_diffusion as layouts
+
+card = Card(
+    name="Latent diffusion", paper="Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models, CVPR 2022",
+    arxiv="2112.10752", year=2022, says="Draws pictures from words, in a small latent space.",
+    needs=("image", "text"), can=("generate_image", "reconstruct"), official="CompVis/stable-diffusion",
+)
+
+PARAMETERS = 859_520_964 + 83_653_863 + 123_060_480          # of Stable Diffusion 1: U-Net, auto-encoder, CLIP's text tower
+
+weights = {"diffusers": layouts.DIFFUSERS, "original": layouts.ORIGINAL}
+
+
+@final
+class StableDiffusion(LatentDiffusion):
+    @dataclass(frozen=True, kw_only=True)
+    class Config(LatentDiffusion.Config):
+        critic: Spec | None = None           # a PatchCritic, for the auto-encoder
+        critic_from: int = 50_001            # step at which it joins
+        critic_weight: float = 0.5           # beside the balance of gradients
+
+    met: Tensor                              # [] steps of the auto-encoder
+
+    def __init__(self, c: Config):
+        super().__init__(c)
+        self.log_noise = nn.Parameter(torch.zeros(()))       # s
+        self.critic = c.critic.build() if c.critic is not None else None
+        self.critic_from, self.critic_weight, self.measured = c.critic_from, c.critic_weight, c.scale is None
+        self.register_buffer("met", torch.zeros(()), persistent=c.critic is not None)
+
+    def compress(self, batch: Batch) -> Losses:
+        """L_1 of the auto-encoder, and where there is a critic what it minimises itself; gradients of both stay apart."""
+        x = batch["image"]
+        mean, log = self.vae.moments(x)
+        z = mean + (0.5 * log).exp() * torch.randn_like(mean)
+        drawn = self.vae.decode(z)
+        detail = (x - drawn).abs().mean() / self.log_noise.exp() + self.log_noise
+        losses = Losses(detail=detail, kl=kl_to_normal(mean, log).sum() / x.numel())
+        if self.critic is not None:
+            fooled = -self.critic.looked_at(drawn).mean()
+            on = (self.met >= self.critic_from).float()
+            losses["fooled"] = on * self.critic_weight * balance(detail, fooled, self.vae.decoder.conv_out.weight) * fooled
+            losses["critic"] = on * hinge(self.critic(x), self.critic(drawn.detach()))
+        return losses.keeping(spread=z.std())
+
+    def losses(self, batch: Batch) -> Losses:
+        """L_2 of the U-Net."""
+        return Losses(noise=self.noise_error(batch["image"], batch["text"]))
+
+    def after_step(self, after: After) -> None:
+        """While the auto-encoder trains, the scale follows 1 / deviation of its latents, where it is to be measured."""
+        if "spread" in after.keep:
+            self.met += 1
+            if self.measured:
+                now = 1 / after.keep["spread"].float().clamp_min(1e-6)
+                self.scale.copy_(now if after.step == 1 else torch.lerp(self.scale, now, 0.1))
+
+
+def unet(widths: tuple[int, ...], seeing: tuple[int, ...], source: int, *, channels: int = 4, depth: int = 2, heads: int = 8,
+         groups: int = 32) -> UNet.Config:
+    attn = SpatialTransformer.Config(heads=heads, source=source, norm=GroupNorm.Config(groups=groups, eps=1e-6))
+    return UNet.Config(levels=tuple(Level(width=w, depth=depth, attn=attn if i in seeing else None) for i, w in enumerate(widths)), mid=attn,
+                       channels=channels, block=ResBlock.Config(norm=GroupNorm.Config(groups=groups, eps=1e-5)))
+
+
+def pictures(size: int, flip: float, words: TextPlan) -> Feed:
+    return Feed(image=ImagePlan(size=size, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)), text=words,
+                train_image=ViewPlan(size=size, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=flip))
+
+
+def tiny() -> Preset:
+    """32 px, f = 4: latents of 8x8x4; the words of `clip` tiny."""
+    text = tiny_pair()["text"]
+    assert isinstance(text, ClipText.Config)
+    return Preset(
+        data="scenes:single?style=plain&size=32", feed=pictures(32, 0.0, TextPlan(vocab=4096, length=48)),
+        starts=(Start(into="text", from_="clip", take="text"),),
+        config=StableDiffusion.Config(
+            vae=KLVAE.Config(widths=(24, 32, 48), depth=1, norm=GroupNorm.Config(groups=8, eps=1e-6)),
+            unet=unet((64, 96), (0, 1), text.width, depth=1, heads=4, groups=16), text=text, size=32, schedule="scaled_linear", low=8.5e-4,
+            high=0.012, clip=None, guidance=4.0, sampler=Sampler(name="ddim")),
+        stages=(Stage(name="compress", objective=StableDiffusion.compress, trainable=("vae.*", "log_noise"), weights=(("kl", 1e-4),), steps=600,
+                      batch_size=48, optim=Optim(lr=2e-3, warmup=30, clip=1.0)),
+                Stage(name="denoise", objective=StableDiffusion.losses, trainable=("unet.*",), steps=1500, batch_size=64, ema=0.995,
+                      optim=Optim(lr=1e-3, weight_decay=0.01, warmup=50, clip=1.0))))
+
+
+def paper() -> Preset:
+    """Stable Diffusion 1: 512 px on an auto-encoder that is trained already, 225,000 steps on LAION-aesthetics after 256 px."""
+    config = StableDiffusion.Config(
+        vae=KLVAE.Config(widths=(128, 256, 512, 512)), unet=unet((320, 640, 1280, 1280), (0, 1, 2), 768),
+        text=ClipText.Config(vocab=49408, length=77, body=body(768, 12, 12)), size=512, scale=0.18215, schedule="scaled_linear", low=8.5e-4,
+        high=0.012, clip=None, sampler=Sampler(name="plms", offset=1, last="first"))
+    return Preset(
+        data="laion_aesthetics", config=config, feed=pictures(512, 0.5, TextPlan(vocab=49408, length=77)),
+        starts=(Start(into="text", from_="clip", take="text", preset="paper"),),
+        stages=(Stage(name="denoise", objective=StableDiffusion.losses, trainable=("unet.*",), steps=225_000, batch_size=2048, ema=0.9999,
+                      optim=Optim(lr=1e-4, weight_decay=0.01, schedule="constant", warmup=10_000)),))
+
+
+def autoencoder() -> Preset:
+    """Its auto-encoder, f = 8 and c = 4, at 256 px with the critic from step 50,001 on."""
+    base = paper()
+    return base.but(data="openimages", config=base.config.but(size=256, scale=None, critic=PatchCritic.Config()), starts=(), stages=(
+        Stage(name="compress", objective=StableDiffusion.compress, trainable=("vae.*", "log_noise", "critic.*"), weights=(("kl", 1e-6),),
+              steps=500_000, batch_size=12, optim=Optim(name="adam", lr=4.5e-6 * 12, betas=(0.5, 0.9), schedule="constant")),)).but(
+        **{"feed.image.size": 256, "feed.train_image.size": 256})

@@ -1,0 +1,124 @@
+"""Latent diffusion against diffusers and transformers: a pipeline's folder in and out, three guided steps, the original one-file layout. 1e-4."""
+import json
+
+import pytest
+import torch
+from reference import reference, shake
+
+from polysense.base.catalogue import preset_of
+from polysense.base.errors import UserError
+from polysense.systems.generate import latent_diffusion as recipe
+from polysense.weights import latent_diffusion as layouts
+from polysense.weights.convert import export, import_
+from polysense.weights.layout import write_checkpoint
+
+VOCAB, LENGTH, END = 60, 9, 59
+
+
+def presets(name: str):
+    return preset_of("latent_diffusion", name)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """(folder, U-Net, auto-encoder, text tower, scheduler), the folder as StableDiffusionPipeline.save_pretrained lays it out."""
+    diffusers, hf, place = reference("diffusers"), reference("transformers"), tmp_path_factory.mktemp("sd") / "pipeline"
+    torch.manual_seed(0)
+    unet = shake(diffusers.UNet2DConditionModel(
+        sample_size=8, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=16, attention_head_dim=8, in_channels=4, out_channels=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D")))
+    vae = shake(diffusers.AutoencoderKL(
+        block_out_channels=(32, 32), layers_per_block=1, latent_channels=4, sample_size=16, scaling_factor=0.5,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2))
+    text = shake(hf.CLIPTextModel(hf.CLIPTextConfig(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=LENGTH,
+        eos_token_id=END, bos_token_id=1, pad_token_id=END)))
+    scheduler = diffusers.DDIMScheduler(num_train_timesteps=1000, beta_start=8.5e-4, beta_end=0.012, beta_schedule="scaled_linear",
+                                        clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    for name, part in (("unet", unet), ("vae", vae), ("text_encoder", text), ("scheduler", scheduler)):
+        part.save_pretrained(place / name)
+    (place / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    return place, unet, vae, text, scheduler
+
+
+def caption():
+    ids = torch.randint(2, END, (2, 5))
+    ids[:, 0], ids[:, -1], ids[0, -2] = 1, END, END
+    return ids
+
+
+@torch.no_grad()
+def their_picture(unet, vae, text, scheduler, ids, noise, guidance):
+    """The pipeline's own loop: empty caption, doubled batch, DDIM, decode."""
+    whole = torch.full((2, LENGTH), END)
+    whole[:, :ids.shape[1]] = ids
+    nothing = torch.full((2, LENGTH), END)
+    nothing[:, 0] = 1
+    context = torch.cat([text(nothing).last_hidden_state, text(whole).last_hidden_state])
+    scheduler.set_timesteps(3)
+    z, trail = noise, []
+    for t in scheduler.timesteps:
+        free, given = unet(torch.cat([z, z]), t, context).sample.chunk(2)
+        z = scheduler.step(free + guidance * (given - free), t, z).prev_sample
+        trail.append(z)
+    return trail, vae.decode(z / vae.config.scaling_factor).sample
+
+
+@torch.no_grad()
+def test_a_pipelines_folder_in_three_steps_and_out(published, tmp_path):
+    place, *theirs = published
+    ours, preset = import_(place, recipe.weights["diffusers"], presets)
+    ours.sampler = ours.sampler.but(name="ddim")
+    assert preset.config.size == 16 and float(ours.scale) == 0.5 and preset.feed.text.length == LENGTH
+    ids, noise = caption(), torch.randn(2, 4, 8, 8)
+    trail, want = their_picture(*theirs, ids, noise, 3.0)
+    seen = []
+    ours.vae.post_quant.register_forward_hook(lambda m, args, out: seen.append(args[0]))
+    got = ours.generate_image(ids, steps=3, guidance=torch.tensor(3.0), noise=noise)
+    torch.testing.assert_close(seen[0] * ours.scale, trail[-1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-4)
+    torch.testing.assert_close(ours.context(ids), theirs[2](ours.whole(ids)).last_hidden_state, rtol=1e-4, atol=1e-4)
+
+    export(ours.state_dict(), preset.config, recipe.weights["diffusers"], tmp_path / "back", preset.feed)
+    diffusers, hf = reference("diffusers"), reference("transformers")
+    again = [diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "back" / "unet").eval(),
+             diffusers.AutoencoderKL.from_pretrained(tmp_path / "back" / "vae").eval(),
+             hf.CLIPTextModel.from_pretrained(tmp_path / "back" / "text_encoder").eval(),
+             diffusers.DDIMScheduler.from_pretrained(tmp_path / "back" / "scheduler")]
+    torch.testing.assert_close(their_picture(*again, ids, noise, 3.0)[1], want, rtol=1e-4, atol=1e-4)
+    assert import_(tmp_path / "back", recipe.weights["diffusers"], presets)[1].config == preset.config
+
+
+@torch.no_grad()
+def test_the_original_layout_holds_the_same_system(published, tmp_path):
+    place, *_ = published
+    ours, preset = import_(place, recipe.weights["diffusers"], presets)
+    old = layouts.original_map(preset.config).save(ours.state_dict())
+    assert {"model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.encoder.conv_in.weight",
+            "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"} <= old.keys()
+    extra = {"betas": torch.zeros(3), "model_ema.decay": torch.zeros(()), "first_stage_model.loss.logvar": torch.zeros(()),
+             "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.zeros(1, LENGTH), "scale_factor": torch.tensor(0.5)}
+    torch.save({"state_dict": old | extra}, tmp_path / "sd.ckpt")
+    again, read = import_(tmp_path / "sd.ckpt", recipe.weights["original"], presets)
+    # shapes do not show heads of the text tower; the pictures agree because both are told
+    assert read.config.unet == preset.config.unet and read.config.vae == preset.config.vae and float(again.scale) == 0.5
+    ids, x, t = caption(), torch.randn(2, 4, 8, 8), torch.tensor([3, 500])
+    context = ours.context(ids)
+    torch.testing.assert_close(again.unet(x, t, context), ours.unet(x, t, context))
+    torch.testing.assert_close(again.vae.decode(x), ours.vae.decode(x))
+    assert all(torch.equal(a, b) for a, b in zip(again.text.state_dict().values(), ours.text.state_dict().values(), strict=True))
+    write_checkpoint(tmp_path / "mine.ckpt", {}, old, recipe.weights["original"])
+    assert torch.load(tmp_path / "mine.ckpt", weights_only=True).keys() == old.keys()
+
+
+@pytest.mark.parametrize("harm, said", [
+    (lambda p: (p / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b""), "empty"),
+    (lambda p: (p / "vae" / "config.json").unlink(), "config.json"), (lambda p: (p / "unet" / "config.json").write_text("[]"), "configuration"),
+    (lambda p: __import__("shutil").rmtree(p / "text_encoder"), "text_encoder")], ids=["empty", "no config", "not a config", "no folder"])
+def test_damaged_folders_get_one_line(published, tmp_path, harm, said):
+    import shutil
+    shutil.copytree(published[0], tmp_path / "bad")
+    harm(tmp_path / "bad")
+    with pytest.raises(UserError, match=said) as caught:
+        import_(tmp_path / "bad", recipe.weights["diffusers"], presets)
+    assert "\n" not in str(caught.value)
