@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from polysense.base.errors import UserError
-from polysense.cli import codes, data, draw, learn, mask, match, systems, talk, use
+from polysense.cli import attend, codes, data, draw, learn, mask, match, systems, talk, use
 from polysense.cli.out import Stopped
 
 __all__ = ["app", "main"]
@@ -52,7 +52,7 @@ for name, command, panel in (
         ("report", learn.report, LEARN),
         ("index", use.index, USE), ("search", use.search, USE), ("label", use.label, USE), ("encode", use.encode, USE),
         ("caption", talk.caption, USE), ("ask", talk.ask, USE), ("chat", talk.chat, USE),
-        ("match", match.match, USE), ("reconstruct", codes.reconstruct, USE), ("codes", codes.codes, USE),
+        ("match", match.match, USE), ("reconstruct", codes.reconstruct, USE), ("attend", attend.attend, USE), ("codes", codes.codes, USE),
         ("generate", draw.generate, USE),
         ("segment", mask.segment, USE), ("detect", mask.detect, USE),
         ("convert", systems.convert, BUILD), ("new", systems.new, BUILD)):

@@ -11,11 +11,17 @@ from torch import Tensor
 from polysense.objectives.spread import gather, places
 
 
+def exact(x: Tensor) -> torch.autocast:
+    """Products in the type of their factors, autocast or not: divided by a low temperature, rounding would show."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def queue_nce(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> Tensor:
     """Each query against its own key and the keys of a queue [K,D]: cross-entropy of [q.k+, q.queue] / temperature with label 0 (He et al. 2020,
     MoCo, equation 1). query, key unit-norm [B,D]; key and queue get no gradient. Scalar."""
     query, key = query.float(), key.detach().float()
-    logits = torch.cat([(query * key).sum(1, keepdim=True), query @ queue.detach().float().T], 1) / temperature
+    with exact(query):
+        logits = torch.cat([(query * key).sum(1, keepdim=True), query @ queue.detach().float().T], 1) / temperature
     return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64, device=logits.device))
 
 
@@ -25,6 +31,20 @@ def batch_nce(query: Tensor, key: Tensor, temperature: float) -> Tensor:
     query, key unit-norm [B,D]; key gets no gradient. Scalar.
     """
     at = places(query)
-    logits = query.float() @ gather(key.detach().float(), at).T / temperature
+    with exact(query):
+        logits = query.float() @ gather(key.detach().float(), at).T / temperature
     label = at.start + torch.arange(len(query), device=query.device)
     return 2 * temperature * F.cross_entropy(logits, label, reduction="sum") / at.share
+
+
+def distil_ce(student: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """Every target view against every student view but itself: the mean of the cross-entropies H(target_i, softmax(student_j / temperature)), i != j
+    (Caron et al. 2021, DINO, equation 3).
+
+    student logits [V,B,K]; target probabilities [T,B,K] of its first T views, without gradient. T V - T terms. Scalar.
+    """
+    log_p, target = F.log_softmax(student.float() / temperature, -1), target.detach().float()
+    with exact(student):
+        cross = -torch.einsum("ibk,jbk->ij", target, log_p) / student.shape[1]
+    other = ~torch.eye(len(target), len(student), dtype=torch.bool, device=student.device)
+    return cross[other].mean()

@@ -118,6 +118,18 @@ class ViT(Tower):
         """image [B,C,H,W] -> the tokens [B,T,D] after each block, before the final norm."""
         return self.body.layers(self.embed(image)[0])[1:]
 
+    def attention(self, image: Tensor) -> Tensor:
+        """image [B,C,H,W] -> [B,heads,h,w]: how the first token of the last block attends to the patches; with the prefix it sums to one.
+
+        Where it looks outlines objects in self-supervised towers (Caron et al. 2021, DINO, figure 1). UserError for a tower without a prefix.
+        """
+        if not self.prefix:
+            raise UserError("this tower has no class token whose attention could be shown", "build it with prefix=1")
+        x, grid = self.embed(image)
+        block = self.body.blocks[-1]
+        x = block.norm1(self.body.layers(x, stop=-1)[-1])
+        return block.attn.weights(x[:, :1], x)[:, :, 0, self.prefix:].unflatten(-1, grid)
+
     def dense(self, image: Tensor) -> Tensor:
         """image [B,C,H,W] -> [B,h,w,D], a feature for each patch in the space of `pooled`."""
         x, grid = self.embed(image)

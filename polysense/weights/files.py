@@ -5,6 +5,7 @@ import pickle
 import re
 import secrets
 import shutil
+from argparse import Namespace
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, cast
@@ -85,7 +86,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 def _read_pickle(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([Namespace]):       # parsed arguments, a plain record, stand in many training checkpoints
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if (named := re.search(r"(?:GLOBAL|global|class) `?'?([\w.]+(?: [\w.]+)?)", str(error))) or "weights_only" in str(error).lower():
             what = f" ({named[1]})" if named else ""
@@ -101,6 +103,11 @@ def _bare(loaded: Any, path: Path) -> dict[str, Tensor]:
         if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):  # type: ignore[union-attr]
             loaded = cast(dict[str, Any], loaded)[wrapper]
     out = {str(k): v for k, v in cast(dict[Any, Any], loaded).items() if isinstance(v, Tensor)} if isinstance(loaded, dict) else {}
+    if not out and isinstance(loaded, dict):                  # several states side by side, such as a student and its teacher
+        for name, part in cast(dict[Any, Any], loaded).items():
+            held = {str(k): v for k, v in cast(dict[Any, Any], part).items() if isinstance(v, Tensor)} if isinstance(part, dict) else {}
+            bare = all(k.startswith("module.") for k in held)
+            out |= {f"{name}.{k.removeprefix('module.') if bare else k}": v for k, v in held.items()}
     if not out:
         raise UserError(f"{path.name} holds no tensors by name", "it should be a state dict")
     return {k.removeprefix("module."): v for k, v in out.items()} if all(k.startswith("module.") for k in out) else out

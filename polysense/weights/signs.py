@@ -30,6 +30,8 @@ SIGNS: dict[tuple[str, str], str] = {
     ("moco", "facebook"): r"(encoder_q|base_encoder)\.(conv1|patch_embed\.proj)\.weight",
     ("latent_diffusion", "diffusers"): r"unet\.down_blocks\.0\.attentions\.0\.transformer_blocks\.0\.attn2\.to_k\.weight",
     ("latent_diffusion", "original"): r"model\.diffusion_model\.input_blocks\.1\.1\.transformer_blocks\.0\.attn2\.to_k\.weight",
+    ("dino", "hf"): r"embeddings\.patch_embeddings\.projection\.weight",
+    ("dino", "facebook"): r"(student\.backbone\.)?patch_embed\.proj\.weight",
     ("bert", "hf"): r"(bert\.)?embeddings\.word_embeddings\.weight",
 }
 
