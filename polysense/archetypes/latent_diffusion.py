@@ -30,7 +30,6 @@ class LatentDiffusion(Denoiser):
         guidance: float = 7.5
         pad: int | None = None               # id behind the end of a text; None: the end again (Stable Diffusion 1)
 
-    scale: Tensor                            # []
     hears: tuple[str, ...] = ()              # what `control` may hold beside guidance, negative and noise
 
     def __init__(self, c: Config):
@@ -40,7 +39,13 @@ class LatentDiffusion(Denoiser):
         if c.size % (c.vae.stride * self.unet.factor) or c.unet.channels < c.vae.latents:
             raise UserError(f"pictures of {c.size} pixels, latents of {c.vae.latents} channels",
                             f"the size is a multiple of {c.vae.stride * self.unet.factor}, and the U-Net reads {c.unet.channels} channels")
-        self.register_buffer("scale", torch.tensor(1.0 if c.scale is None else c.scale))
+        if c.scale is not None:
+            self.vae.scale.fill_(c.scale)
+
+    @property
+    def scale(self) -> Tensor:
+        """[] what latents are multiplied by."""
+        return self.vae.scale
 
     # words
 

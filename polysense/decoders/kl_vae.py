@@ -96,11 +96,14 @@ class KLVAE(Part):
             """f: pixels along a side of one place."""
             return 2 ** (len(self.widths) - 1)
 
+    scale: Tensor                            # [] 1 / deviation of the latents: kept here, applied by whoever adds noise
+
     def __init__(self, c: Config):
         super().__init__()
         self.encoder, self.decoder = _Encoder(c), _Decoder(c)
         self.quant, self.post_quant = nn.Conv2d(2 * c.latents, 2 * c.latents, 1), nn.Conv2d(c.latents, c.latents, 1)
         self.stride, self.channels, self.latents = c.stride, c.channels, c.latents
+        self.register_buffer("scale", torch.ones(()))
         self.to(memory_format=torch.channels_last)
 
     def moments(self, image: Tensor) -> tuple[Tensor, Tensor]:

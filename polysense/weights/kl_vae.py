@@ -19,7 +19,7 @@ def diffusers() -> KeyMap:
                   *res_block(f"{at}.mid_block.resnets.0", f"{at}.mid.block1"), *res_block(f"{at}.mid_block.resnets.1", f"{at}.mid.block2"),
                   *spatial_attention(f"{at}.mid_block.attentions.0", f"{at}.mid.attn")]
     return KeyMap(tuple(rules), alias=tuple((f"{{stem}}.attentions.{{j}}.{old}.{{rest}}", f"{{stem}}.attentions.{{j}}.{new}.{{rest}}")
-                                            for old, new in FORMER))
+                                            for old, new in FORMER), own=(r"scale",))
 
 
 def original(config: Any) -> KeyMap:
@@ -45,7 +45,7 @@ def original(config: Any) -> KeyMap:
         block(f"decoder.up.{n - 1 - i}.block.{{i}}", f"decoder.up.{i}.blocks.{{i}}")
         rules += [*both(f"encoder.down.{i}.downsample.conv", f"encoder.down.{i}.shrink.conv"),
                   *both(f"decoder.up.{n - 1 - i}.upsample.conv", f"decoder.up.{i}.grow.conv")]
-    return KeyMap(tuple(rules))
+    return KeyMap(tuple(rules), own=(r"scale",))
 
 
 def read(config: Dict) -> Any:
