@@ -77,8 +77,8 @@ def eased(start: float, end: float, fraction: float) -> float:
     return end + (start - end) * (1 + cos(pi * min(max(fraction, 0.0), 1.0))) / 2
 
 
-def codec(codes: int, width: int, groups: int, depth: int, into: int) -> DVAECodec.Config:
-    return DVAECodec.Config(encoder=DVAEEncoder.Config(codes=codes, width=width, groups=groups, depth=depth),
+def codec(codes: int, width: int, groups: int, depth: int, into: int, spread: float = 1.0) -> DVAECodec.Config:
+    return DVAECodec.Config(encoder=DVAEEncoder.Config(codes=codes, width=width, groups=groups, depth=depth, spread=spread),
                             decoder=DVAEDecoder.Config(codes=codes, width=width, groups=groups, depth=depth, into=into))
 
 
@@ -90,8 +90,13 @@ def plan(size: int, view: ViewPlan, data: str, config: DiscreteVAE.Config, stage
 def tiny() -> Preset:
     """64 px to 16x16 codes of 256; beta is smaller, as few steps do not fill a code that the prior pulls at."""
     return plan(64, ViewPlan(size=64, flip=0.5), "scenes", DiscreteVAE.Config(
-        codec=codec(256, 32, 3, 1, 64), cool=0.8, beta=(0.01, 0.1), rise=0.2), Stage(
+        codec=codec(256, 32, 3, 1, 64, spread=10.0), cool=0.8, beta=(0.01, 0.1), rise=0.2), Stage(
             objective=DiscreteVAE.losses, steps=500, batch_size=16, optim=Optim(lr=3e-3, weight_decay=1e-4, warmup=20, clip=1.0, final=0.05)))
+
+
+def small() -> Preset:
+    """32 px to 8x8 codes of 128: the words of tiny generators."""
+    return tiny().but(**{"config.codec": codec(128, 32, 3, 1, 64, spread=10.0), "feed.image.size": 32, "feed.train_image.size": 32})
 
 
 def paper() -> Preset:

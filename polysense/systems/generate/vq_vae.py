@@ -27,7 +27,7 @@ from polysense.objectives.spread import gather
 card = Card(
     name="VQ-VAE", paper="van den Oord et al., Neural Discrete Representation Learning, NeurIPS 2017",
     arxiv="1711.00937", year=2017, says="Turns a picture into a small grid of code numbers and back, so that it can be modelled like a sentence.",
-    needs=("image",), can=("reconstruct", "encode_codes", "decode_codes"), official="google-deepmind/sonnet",
+    needs=("image",), can=("sample_image", "reconstruct", "encode_codes", "decode_codes"), official="google-deepmind/sonnet",
 )
 
 PARAMETERS = 19_559_619                      # the codec of section 4.1 (4.9M) and a gated PixelCNN of 20 layers of 128 (14.6M); no published total
@@ -72,9 +72,10 @@ class VQVAE(ImageCodec):
         if "ids" in after.keep:
             self.codec.quantizer.move(gather(after.keep["encoded"]), gather(after.keep["ids"]), after.step)
 
-    def imagine(self, count: int, generator: torch.Generator | None = None) -> Tensor:
-        """New pictures [count,3,H,W]: code grids drawn from the prior, decoded."""
-        return self.codec.decode(self.prior.sample(count, generator))
+    @torch.no_grad()
+    def sample_image(self, count: int, *, steps: int) -> Tensor:
+        """New pictures [count,3,H,W]: code grids drawn from the prior, decoded. steps: not used, there is one code after the other."""
+        return self.codec.decode(self.prior.sample(count))
 
 
 def codec(codes: int, dim: int, width: int, hidden: int, halvings: int, decay: float | None, idle: float, std: float | None = None) -> VQCodec.Config:
