@@ -28,6 +28,11 @@ def fake_batch(preset: Preset, keys: tuple[str, ...], n: int = 4, seed: int = 0)
             text = torch.randint(5, 60, (n, 8), generator=g)
             text[:, 0], text[:, -1] = 1, 2
             made[key] = text
+        elif key == "images":
+            made[key] = torch.randn(n, feed.text.shots, 3, feed.image.size, feed.image.size, generator=g)
+        elif key == "episode":
+            made[key] = torch.randint(5, 60, (n, 1 + 4 * feed.text.shots), generator=g)
+            made[key][:, 0], made[key][:, 1::4], made[key][:, 4::4] = 1, feed.text.image, 2
         elif key in ("chat", "brief"):
             made[key] = torch.randint(5, 60, (n, 12), generator=g)
             made[key][:, 0], made[key][:, 2], made[key][:, -2], made[key][0, -1] = 1, feed.text.image, 2, 0

@@ -68,6 +68,13 @@ class ChatPlan(PromptPlan):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EpisodePlan(PromptPlan):
+    """Text of a system that reads pictures and texts in turn: start, then picture text end, again and again (Flamingo)."""
+    image: int                                          # id that holds the place of a picture; the tokenizer has none of that number
+    shots: int = 3                                      # pictures, each with its caption, of one episode in training
+
+
+@dataclass(frozen=True, kw_only=True)
 class VideoPlan(Spec):
     """Which frames of a clip are read, and how each of them is."""
     frames: int = 8                                     # how many; 0 with "all": every one

@@ -10,11 +10,25 @@ from torch import Tensor, nn
 
 from polysense.base.batch import Batch, Losses
 from polysense.base.errors import UserError
-from polysense.base.plan import AudioPlan, ChatPlan, Feed, ImagePlan, Optim, Preset, PromptPlan, Stage, Start, TextPlan, VideoPlan, ViewPlan
+from polysense.base.plan import (
+    AudioPlan,
+    ChatPlan,
+    EpisodePlan,
+    Feed,
+    ImagePlan,
+    Optim,
+    Preset,
+    PromptPlan,
+    Stage,
+    Start,
+    TextPlan,
+    VideoPlan,
+    ViewPlan,
+)
 from polysense.base.spec import Configured, Spec
 
-__all__ = ["After", "AudioPlan", "Batch", "ChatPlan", "Feed", "ImagePlan", "Losses", "Optim", "Part", "Preset", "PromptPlan", "Spec", "Stage", "Start",
-           "System", "TextPlan", "VideoPlan", "ViewPlan", "final"]
+__all__ = ["After", "AudioPlan", "Batch", "ChatPlan", "EpisodePlan", "Feed", "ImagePlan", "Losses", "Optim", "Part", "Preset", "PromptPlan",
+           "Spec", "Stage", "Start", "System", "TextPlan", "VideoPlan", "ViewPlan", "final"]
 
 T = TypeVar("T", bound=type)
 

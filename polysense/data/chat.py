@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from polysense.base.errors import UserError
-from polysense.base.plan import ChatPlan, PromptPlan, TextPlan
+from polysense.base.plan import ChatPlan, EpisodePlan, PromptPlan, TextPlan
 from polysense.data.sources import BadSample, Sample
 from polysense.data.tokenizer import clean
 
@@ -89,6 +89,27 @@ class Chat:
 
     def _place(self, rng: np.random.Generator | None) -> str:
         return "after" if self.plan.place == "either" and rng is not None and rng.random() < 0.5 else "before"
+
+
+def episodes(plan: EpisodePlan, tokenizer: Any, rows: Sequence[Sequence[Sample]], rngs: Sequence[np.random.Generator | None]) -> Tensor:
+    """Ids [B,L] of episodes of samples: start, then picture caption end for each; 0 is padding. A caption is drawn, or the first (rng None).
+
+    Raises UserError for a tokenizer whose ids collide with the plan's.
+    """
+    said = [[(pick := [c for c in a["captions"] if c.strip()])[int(rng.integers(len(pick))) if rng else 0] for a in row]
+            for row, rng in zip(rows, rngs, strict=True)]
+    return episode_ids(plan, tokenizer, said)
+
+
+def episode_ids(plan: EpisodePlan, tokenizer: Any, said: Sequence[Sequence[str | None]]) -> Tensor:
+    """The same from the texts themselves; a last one of None is left to be written. Longer episodes are cut at the plan's length."""
+    if tokenizer.pad == tokenizer.end or plan.image < tokenizer.vocab:
+        raise UserError("padding or the picture's id means something else to this tokenizer", 'pad="zero", and an image id above the vocabulary')
+    words = lambda text: tokenizer.engine.encode(clean(text), add_special_tokens=False).ids
+    rows = [[tokenizer.start, *chain.from_iterable([plan.image] if t is None else [plan.image, *words(t), tokenizer.end] for t in row)][:plan.length]
+            for row in said]
+    wide = max(map(len, rows))
+    return torch.tensor([row + [tokenizer.pad] * (wide - len(row)) for row in rows], dtype=torch.int64)
 
 
 def texts_of(source: Any, plan: TextPlan) -> Iterator[str]:

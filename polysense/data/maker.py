@@ -19,17 +19,22 @@ from torch import Tensor
 
 from polysense.base.batch import VOCABULARY, Batch
 from polysense.base.errors import UserError
-from polysense.base.plan import ChatPlan, CropFeed, Feed, ImagePlan, VideoPlan, ViewPlan
+from polysense.base.plan import ChatPlan, CropFeed, EpisodePlan, Feed, ImagePlan, VideoPlan, ViewPlan
 from polysense.data import clips, images, views
-from polysense.data.chat import Chat
+from polysense.data.chat import Chat, episodes
 from polysense.data.sources import BadSample, Sample, Source, name_of
 
 LEFT = 0.1                                              # share of a box that a crop must leave for it to count as in view
-PIXELS = ("image", "views", "crops", "mask", "depth", "hint", "edited", "boxes", "box_label")     # keys made through a picture's geometry
+PIXELS = ("image", "images", "views", "crops", "mask", "depth", "hint", "edited", "boxes", "box_label")     # keys made through a picture's geometry
 TALK = {"chat", "chat_reply", "brief", "brief_reply"}   # conversations: made of questions and captions as a ChatPlan says
-MADE_OF = {"crops": "views", "chat": "question", "chat_reply": "question", "brief": "text", "brief_reply": "text"}
-TEXTS = {"text", "text_mask", "question", "answer"} | TALK                                # what takes a tokenizer
+EPISODE = {"episode", "images"}                         # several samples in one: as an EpisodePlan says
+MADE_OF = {"crops": "views", "chat": "question", "chat_reply": "question", "brief": "text", "brief_reply": "text", "episode": "text",
+           "images": "image"}
+TEXTS = {"text", "text_mask", "question", "answer", "episode"} | TALK                     # what takes a tokenizer
 RECENT = 64                                             # batches whose ids are kept for `names`
+
+
+Read = tuple[int, Sample, dict[str, np.ndarray]]        # position, what is known, decoded arrays
 
 
 @dataclass
@@ -48,8 +53,9 @@ def makeable(feed: Feed, train: bool) -> set[str]:
     picture = (feed.image or (feed.train_image if train else None)) is not None
     texts = {"text", "text_mask", "question", "answer"} | (TALK if isinstance(feed.text, ChatPlan) else set())
     geometry, moving = {"image", "boxes", "box_label", "mask", "depth", "hint", "edited"}, {"video", "video_mask"}
-    return ({k for k in VOCABULARY if k not in TALK | texts | geometry | moving | {"views", "crops"}} | (geometry if picture else set())
+    return ({k for k in VOCABULARY if k not in TALK | EPISODE | texts | geometry | moving | {"views", "crops"}} | (geometry if picture else set())
             | (moving if picture or (feed.video and feed.video.image) else set()) | (texts if feed.text else set())
+            | (EPISODE if picture and isinstance(feed.text, EpisodePlan) else set())
             | ({"views"} if feed.views else set()) | ({"crops"} if crops_of(feed) else set()))
 
 
@@ -122,7 +128,7 @@ class Maker:
 
     def bytes_a_sample(self) -> int:
         """About what one sample takes in memory once read."""
-        exact = 3 * self.exact.size ** 2 if self.exact and "image" in self.keys else 0
+        exact = 3 * self.exact.size ** 2 if self.exact and {"image", "images"} & set(self.keys) else 0
         exact += 3 * self._frame_plan().size ** 2 * (64 if self.clip.sample != "uniform" else self.clip.frames) if "video" in self.reads else 0
         return exact + (3 * min(self.work * self.work * 4 // 3, self.canvas ** 2) if self.plans else 0) + 512
 
@@ -147,7 +153,7 @@ class Maker:
     def ready(self, about: Sample, load: Callable[[str], Any]) -> tuple[Sample, dict[str, np.ndarray]]:
         """Decodes what the batch keys ask for and shrinks it, so that it is small to keep and quick to use."""
         out: dict[str, np.ndarray] = {}
-        reduce = images.AT_LEAST.set(2 * self.work if self.plans and not (self.exact and "image" in self.keys) else None)
+        reduce = images.AT_LEAST.set(2 * self.work if self.plans and not (self.exact and {"image", "images"} & set(self.keys)) else None)
         try:
             for key in self.reads:
                 thing = load(key)
@@ -186,7 +192,7 @@ class Maker:
         """Stores a picture-like thing read exactly (`key`) and at working size (`key` + "@work"), as the plans ask for."""
         size = (thing.shape[-1], thing.shape[-2]) if key == "mask" else thing.size
         how = "bilinear" if key == "depth" else None
-        if self.exact and "image" in self.keys:
+        if self.exact and {"image", "images"} & set(self.keys):
             if key == "mask":
                 x0, y0, x1, y1 = images.window(size, self.exact)
                 out[key] = _nearest(thing, (x0 * size[0], y0 * size[1], x1 * size[0], y1 * size[1]), (self.exact.size, self.exact.size))
@@ -230,7 +236,25 @@ class Maker:
             for k, item in enumerate(got):
                 if item is None:
                     got[k] = self._next_good(int(rows[k]), skipped)
-        return self.assemble([g for g in got if g is not None], step, skipped, len(rows), bad)
+        good = [g for g in got if g is not None]
+        made = self.assemble(good, step, skipped, len(rows), bad)
+        if EPISODE & set(self.keys) and good:
+            made.batch |= self._episodes(good, step, skipped)
+        return made
+
+    def _episodes(self, got: list[Read], step: int, skipped: list[tuple[str, str]]) -> Batch:
+        """Each sample as the last of an episode; the others are drawn by (seed, step, place in the global batch), outside training those before."""
+        plan, n, local = self.feed.text, len(self.source), self.batch_size // self.world
+        if not isinstance(plan, EpisodePlan) or self.exact is None:
+            raise UserError("episodes are made as an EpisodePlan says, of pictures as feed.image says", "leave train_image out")
+        rngs = [np.random.default_rng([self.seed, step, 3, self.rank * local + k]) if self.train else None for k in range(len(got))]
+        flat = [int(rng.integers(n)) if rng else (i - 1 - j) % n for rng, (i, _, _) in zip(rngs, got) for j in range(plan.shots - 1)]
+        read = iter([g if g is not None else self._next_good(i, skipped) for i, g in zip(flat, self._read(flat, skipped))])
+        rows = [[*(next(read) for _ in range(plan.shots - 1)), one] for one in got]
+        pictures = torch.from_numpy(np.stack([a["image"] for row in rows for _, _, a in row]))
+        out = {"images": images.normalised(pictures, self.exact).unflatten(0, (len(rows), plan.shots)),
+               "episode": episodes(plan, self.tokenizer, [[about for _, about, _ in row] for row in rows], rngs) if self.tokenizer else None}
+        return {k: v for k, v in out.items() if k in self.keys and v is not None}
 
     def _read(self, rows: list[int], skipped: list[tuple[str, str]]) -> list[tuple[int, Sample, dict[str, np.ndarray]] | None]:
         def one(i: int) -> tuple[int, Sample, dict[str, np.ndarray]] | BadSample:
@@ -256,7 +280,7 @@ class Maker:
 
     def check(self, about: Sample) -> None:
         """Raises BadSample where the sample lacks the captions, label or question that the batch needs."""
-        if {"text", "text_mask", "brief", "brief_reply"} & set(self.keys) and not any(c.strip() for c in about.get("captions") or ()):
+        if {"text", "text_mask", "brief", "brief_reply", "episode"} & set(self.keys) and not any(c.strip() for c in about.get("captions") or ()):
             raise BadSample(about["id"], "has no caption")
         if "label" in self.keys and about.get("label") is None:
             raise BadSample(about["id"], "has no label")

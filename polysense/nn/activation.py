@@ -34,8 +34,14 @@ def quick_gelu(x: Tensor) -> Tensor:
     return _QuickGELU.apply(x)  # type: ignore[no-any-return]
 
 
+def squared_relu(x: Tensor) -> Tensor:
+    """relu(x)^2 (So et al. 2021, Primer)."""
+    return F.relu(x).square()
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "quick_gelu": quick_gelu, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh,
+    "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "quick_gelu": quick_gelu, "relu": F.relu, "squared_relu": squared_relu,
+    "silu": F.silu, "tanh": torch.tanh,
 }
 
 

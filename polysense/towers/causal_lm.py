@@ -100,30 +100,34 @@ class CausalLM(Tower):
         return x, None if mask is None else torch.cat([mask.new_ones(prefix.shape[:2]), mask], 1)
 
     @torch.no_grad()
-    def generate(self, x: Tensor, mask: Tensor | None = None, *, max_new: int, end: int | None, pad: int = 0, how: Spec | None = None) -> Tensor:
+    def generate(self, x: Tensor, mask: Tensor | None = None, *, max_new: int, end: int | None, pad: int = 0, how: Spec | None = None,
+                 source: Tensor | None = None, source_mask: Tensor | None = None) -> Tensor:
         """Continues embeddings x [B,T,D] (mask [B,T]): the prompt is read once into a static cache, then one token a step.
 
         how: Greedy.Config (None), Nucleus.Config or Beam.Config of `towers.decoding` -> new ids [B,N], N <= max_new, up to and with `end`,
-        then `pad`. Raises UserError where prompt and max_new exceed `length`.
+        then `pad`. source [B,S,.] and source_mask [B,T,S] as in `read`: new tokens see what the last of the prompt sees. Raises UserError
+        where prompt and max_new exceed `length`.
         """
         if max_new < 1:
             raise UserError(f"max_new={max_new}", "ask for at least one token")
-        logits, writer = self.start(x, mask, room=max_new - 1)
+        logits, writer = self.start(x, mask, room=max_new - 1, source=source, source_mask=source_mask)
         if not bool(logits.isfinite().all()):
             raise UserError("the language model returned numbers that are not finite", "the weights or the picture are damaged")
         return (how or Greedy.Config()).build()(logits, writer, max_new=max_new, end=end, pad=pad)
 
-    def start(self, x: Tensor, mask: Tensor | None = None, *, room: int) -> "tuple[Tensor, CachedWriter]":
+    def start(self, x: Tensor, mask: Tensor | None = None, *, room: int, source: Tensor | None = None,
+              source_mask: Tensor | None = None) -> "tuple[Tensor, CachedWriter]":
         """Reads a prompt of embeddings x [B,T,D] -> logits [B,V] of the token after it, and the writer of up to `room` more."""
         b, t = x.shape[:2]
         self._fits(t + room)
         cache = self.body.cache(b, t + room)
         if mask is None or bool(mask.all()):                                           # without padding the fast paths need no mask
-            hidden, length, keys = self._through(x, torch.arange(t, device=x.device), None, cache)[:, -1], None, None
+            hidden, length, keys = self._through(x, torch.arange(t, device=x.device), None, cache, source, source_mask)[:, -1], None, None
         else:
-            hidden = last_real(self._through(x, places(mask), visible(mask), cache), mask)
+            hidden = last_real(self._through(x, places(mask), visible(mask), cache, source, source_mask), mask)
             length, keys = mask.sum(1), torch.cat([mask, mask.new_ones(b, room)], 1)
-        return self.logits(hidden), CachedWriter(self, cache, length, keys)
+        on = source_mask if source_mask is None or source_mask.ndim < 3 else last_real(source_mask, mask)[:, None]
+        return self.logits(hidden), CachedWriter(self, cache, length, keys, source, on)
 
     def _fits(self, tokens: int) -> None:
         if tokens > self.length:
@@ -137,10 +141,12 @@ class CausalLM(Tower):
 
 
 class CachedWriter:
-    """A `decoding.Writer` over a key-value cache; `length` [B] real tokens and `keys` [B,T+room] real places of padded prompts, else None."""
+    """A `decoding.Writer` over a key-value cache; `length` [B] real tokens and `keys` [B,T+room] real places of padded prompts, else None.
+    `source` and `source_mask` [B,S] or [B,1,S]: what blocks with cross-attention look at."""
 
-    def __init__(self, lm: CausalLM, cache: Cache, length: Tensor | None, keys: Tensor | None):
-        self.lm, self.cache, self.length, self.keys = lm, cache, length, keys
+    def __init__(self, lm: CausalLM, cache: Cache, length: Tensor | None, keys: Tensor | None, source: Tensor | None = None,
+                 source_mask: Tensor | None = None):
+        self.lm, self.cache, self.length, self.keys, self.source, self.source_mask = lm, cache, length, keys, source, source_mask
 
     def __call__(self, token: Tensor) -> Tensor:
         """token [B] -> logits [B,V] of the next."""
@@ -153,12 +159,13 @@ class CachedWriter:
             self.length = self.length + 1
         if self.lm.position is not None:
             x = x + self.lm.position(position).to(x.dtype)
-        return self.lm.logits(self.lm.body(x, mask=seen, cache=self.cache, position=position)[:, -1])
+        return self.lm.logits(self.lm.body(x, self.source, mask=seen, source_mask=self.source_mask, cache=self.cache, position=position)[:, -1])
 
     def pick(self, rows: Tensor) -> None:
         self.cache.pick(rows)
         if self.length is not None and self.keys is not None:
             self.length, self.keys = self.length[rows], self.keys[rows]
+        self.source, self.source_mask = (t if t is None else t[rows] for t in (self.source, self.source_mask))
 
 
 def places(mask: Tensor) -> Tensor:

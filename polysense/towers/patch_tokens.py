@@ -17,6 +17,7 @@ class PatchTokens(Part):
     class Config(Spec):
         tower: Spec
         layer: int | None = -2               # the block after which, counted from the end; None: `tower.dense`
+        skip: int | None = None              # leading tokens left out; None: all that are no patches
 
         @property
         def width(self) -> int:
@@ -25,6 +26,7 @@ class PatchTokens(Part):
     def __init__(self, c: Config):
         super().__init__()
         self.tower, self.layer = c.tower.build(), c.layer
+        self.skip = getattr(self.tower, "prefix", 0) if c.skip is None else c.skip
         if c.layer is not None and not (hasattr(self.tower, "embed") and hasattr(self.tower, "body")):
             raise UserError(f"{type(self.tower).__name__} has no blocks to read after", "set layer=None: its dense features are read")
         if c.layer is not None and not -len(self.tower.body.blocks) <= c.layer < len(self.tower.body.blocks):
@@ -35,4 +37,4 @@ class PatchTokens(Part):
         if self.layer is None:
             return self.tower.dense(image).flatten(1, 2)
         blocks = len(self.tower.body.blocks)
-        return self.tower.body.layers(self.tower.embed(image)[0], stop=self.layer % blocks + 1)[-1][:, self.tower.prefix:]
+        return self.tower.body.layers(self.tower.embed(image)[0], stop=self.layer % blocks + 1)[-1][:, self.skip:]

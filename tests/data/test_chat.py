@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 
 from polysense.base.errors import UserError
-from polysense.base.plan import ChatPlan, Feed, ImagePlan, PromptPlan, TextPlan
+from polysense.base.plan import ChatPlan, EpisodePlan, Feed, ImagePlan, PromptPlan, TextPlan, ViewPlan
 from polysense.data import source
-from polysense.data.chat import Chat, box_text, texts_of
+from polysense.data.chat import Chat, box_text, episode_ids, texts_of
 from polysense.data.images import decode, fit, window
 from polysense.data.loader import Loader
 from polysense.data.maker import grouped
@@ -184,3 +184,33 @@ def test_llamas_own_tokenizer_is_read_as_it_is(tmp_path):
             load_tokenizer(folder, ChatPlan(kind="llama", vocab=200, length=32, image=200))
     with pytest.raises(UserError, match="not trained"):
         make_tokenizer(ChatPlan(kind="llama", vocab=200, length=32, image=200), ["a"])
+
+
+def test_episodes_interleave_pictures_and_captions():
+    words = EpisodePlan(vocab=600, length=120, image=600, shots=3)
+    feed = Feed(image=ImagePlan(size=32), text=words)
+    tokenizer = make_tokenizer(words, texts_of(SEEN, words))
+    make = lambda train, **more: next(iter(Loader(SEEN, feed, tokenizer, batch_size=6, seed=3, train=train, needs=("images", "episode"), **more)))
+    one, two = make(True), make(True)
+    assert set(one) == {"index", "images", "episode"} and all(torch.equal(one[k], two[k]) for k in one)
+    assert one["images"].shape == (6, 3, 3, 32, 32) and ((one["episode"] == 600).sum(1) == 3).all() and ((one["episode"] == 2).sum(1) == 3).all()
+    half = make(True, rank=1, world=2)
+    assert torch.equal(half["images"], one["images"][3:])
+    plain = make(False)
+    for row, i in enumerate(plain["index"].tolist()):
+        for shot, j in enumerate(((i - 1) % 60, (i - 2) % 60, i)):
+            said = plain["episode"][row].tolist()
+            ends = [k for k, t in enumerate(said) if t == 600]
+            assert tokenizer.decode(said[ends[shot] + 1:]).startswith(SEEN.about(j)["captions"][0][:12])
+    alone = next(iter(Loader(SEEN, feed, tokenizer, batch_size=6, train=False, needs=("image",))))["image"]
+    assert torch.equal(plain["images"][:, 2], alone) and torch.equal(plain["images"][1:, 0], alone[:-1])
+
+
+def test_an_open_episode_ends_at_its_last_picture():
+    words = EpisodePlan(vocab=600, length=40, image=600)
+    tokenizer = make_tokenizer(words, texts_of(SEEN, words))
+    ids = episode_ids(words, tokenizer, [["a red circle", None], [None]])
+    assert ids[0, -1] == 600 and ids[1, :2].tolist() == [1, 600] and (ids[1, 2:] == 0).all()
+    with pytest.raises(UserError, match="leave train_image out"):
+        feed = Feed(image=ImagePlan(size=32), train_image=ViewPlan(size=32), text=words)
+        next(iter(Loader(SEEN, feed, tokenizer, batch_size=2, needs=("images", "episode"))))
