@@ -190,7 +190,8 @@ def test_tiny_trains_through_the_one_loop_without_collapse():
 
 def test_attend_from_files_to_files(tmp_path, capsys):
     assert main(["train", "dino", "backbone.body.width=24", "backbone.body.depth=1", "projector.into=24", "projector.hidden=16",
-                 "projector.out=16", "centre.width=16", "batch_size=4", "--data", "scenes:single?n=8", "--steps", "2", "--out", str(tmp_path / "run"), "--workers", "0"]) == 0
+                 "projector.out=16", "centre.width=16", "batch_size=4", "--data", "scenes:single?n=8", "--steps", "2", "--workers", "0",
+                 "--out", str(tmp_path / "run")]) == 0
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)).save(tmp_path / "a.png")
     capsys.readouterr()
     assert main(["attend", str(tmp_path / "a.png"), "-m", str(tmp_path / "run"), "--out", str(tmp_path / "b.png"), "--json"]) == 0
