@@ -120,7 +120,7 @@ class Optim(Spec):
     momentum: float = 0.9                               # sgd, lars
     clip: float | None = None                           # largest gradient norm
     layer_decay: float = 1.0                            # lr_l = lr * layer_decay ** (L - l) along the tower's depth
-    schedule: str = "cosine"                            # cosine, linear, constant, step, rsqrt
+    schedule: str = "cosine"                            # cosine, linear, constant, step, rsqrt, exponential
     warmup: int = 0                                     # steps of linear warm-up
     final: float = 0.0                                  # the last lr as a fraction of lr
     milestones: tuple[float, ...] = ()                  # "step": fractions of the stage at which lr is divided by ten

@@ -63,6 +63,10 @@ def _one(text: str, split: str, root: str | Path | None) -> Any:
         from polysense.data.scenes import scenes_source
 
         return scenes_source(text, split)
+    if name == "solids":
+        from polysense.data.solids import solids_source
+
+        return solids_source(options, split)
     from polysense.data.user import user_source
 
     return user_source(name, split, options)
@@ -98,4 +102,6 @@ def list_sources(root: str | Path | None = None) -> list[SourceInfo]:
         out.append(SourceInfo(name, e.kind, offered(e.offers), splits, size, str(folder) if files else "built in", e.says))
     for variant, v in VARIANTS.items():
         out.append(SourceInfo(f"scenes:{variant}".rstrip(":"), "drawn", offered(v.offers), SPLITS, 0, "built in", v.says))
+    out.append(SourceInfo("solids", "views", offered(("origin", "direction", "rgb")), SPLITS, 0, "built in",
+                          "camera rays around three traced solids, with exact colours and distances"))
     return out

@@ -122,6 +122,12 @@ def _npz(name: str, split: str, folder: Path, e: Named, options: dict[str, str])
                          largest=e.largest)
 
 
+def _views(name: str, split: str, folder: Path, e: Named, options: dict[str, str]) -> Source:
+    from polysense.data.rays import npz_views
+
+    return npz_views(name, split, folder / e.splits[split][0])
+
+
 def _coco(name: str, split: str, folder: Path, e: Named, options: dict[str, str]) -> Source:
     from polysense.data.readers import CocoSource, Files
 
@@ -263,6 +269,8 @@ NAMED: dict[str, Named] = {
                     classes=("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist")),
     "daquar": Named("questions about photographs of rooms", "picture, question, answer", ("image", "question", "answer"), _questions,
                     {"train": ("train.jsonl", "train_images.tar"), "test": ("test_public.jsonl", "test_public_images.tar")}),
+    "nerf_lego100": Named("the lego scene of NeRF from 100 places, 100 pixels", "views", ("origin", "direction", "rgb"), _views,
+                          {"train": ("lego100.npz",), "test": ("lego100.npz",)}),
     "nlvr": Named("statements about drawn shapes, true or false", "picture, question, label", ("image", "question", "answer", "label"), _tar,
                   _parts("train", "dev", ending=".tar.gz"), classes=("false", "true"), largest=400, annotate=_statement),
     "fsdd": Named("spoken digits, 8 kHz", "sound, label", ("audio", "text", "label"), _tar, _parts("train", "test", ending=".tar"), classes=DIGITS,

@@ -30,6 +30,7 @@ from polysense.pipeline.heat import NEUTRAL, Detection, Explanation, Heat, Label
 from polysense.pipeline.mask import Segmentation, detect, segment
 from polysense.pipeline.open import best_device, digest_of, find
 from polysense.pipeline.pictures import to_pictures
+from polysense.pipeline.scene import render
 from polysense.pipeline.talk import Talk
 from polysense.tasks.templates import DEFAULT
 from polysense.tasks.zero_shot import templates_of, zero_shot_classifier
@@ -235,6 +236,12 @@ class Pipeline(Clips, Talk):
         """The outline of one thing, told by places (x y in [0, 1]; `labels` 1 inside, 0 outside), a box (x0 y0 x1 y1), both, or by a text. Several
         readings of an ambiguous prompt, best first. The next prompt on the same picture reuses its encoding."""
         return segment(self, image, points, labels, box, text)
+
+    def render(self, turn: int = 1, *, elevation: float = 30.0, size: int = 100, start: float = 0.0, distance: float | None = None,
+               fov: float | None = None) -> list[Image.Image]:
+        """`turn` views of a learned scene, from around it: `elevation` and `start` in degrees, `size` in pixels, `distance` of the camera from the
+        origin and `fov` in radians (None: the system's own)."""
+        return render(self, turn, elevation, size, start, distance, fov)
 
     def detect(self, image: Any, labels: Sequence[str] | None = None, *, templates: str | Sequence[str] = TEMPLATES, backgrounds: Sequence[str] = BACKGROUNDS,
                scales: Sequence[float] = (1.0, 0.66, 0.5, 0.33), threshold: float = 0.5, iou: float = 0.3, top: int = 100) -> list[Detection]:

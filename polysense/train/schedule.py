@@ -4,7 +4,7 @@ from math import cos, pi
 from polysense.base.errors import UserError
 from polysense.base.plan import Optim, RisingDecay
 
-SCHEDULES = ("cosine", "linear", "constant", "step", "rsqrt")
+SCHEDULES = ("cosine", "linear", "constant", "step", "rsqrt", "exponential")
 
 
 def factor(optim: Optim, step: float, steps: int) -> float:
@@ -13,7 +13,7 @@ def factor(optim: Optim, step: float, steps: int) -> float:
     Warm-up rises linearly and reaches 1 at step `warmup - 1`, never starting at 0. After it, with t running from 0 to 1 over the rest:
     `cosine` is final + (1 - final) (1 + cos(pi t)) / 2 (Loshchilov & Hutter 2017, equation 5), `linear` falls to `final`, `constant` stays,
     `step` is divided by ten at each milestone (a fraction of the whole stage), `rsqrt` is sqrt(w / step), w being at least 1 (Vaswani et al.
-    2017, section 5.3), and not below `final`. Raises UserError for an unknown schedule.
+    2017, section 5.3), and not below `final`; `exponential` is final ** t. Raises UserError for an unknown schedule.
     """
     if optim.schedule not in SCHEDULES:
         raise UserError(f"no schedule {optim.schedule!r}", f"the schedules are {', '.join(SCHEDULES)}")
@@ -28,6 +28,8 @@ def factor(optim: Optim, step: float, steps: int) -> float:
             return optim.final + (1 - optim.final) * (1 - t)
         case "step":
             return 0.1 ** sum(step >= m * steps for m in optim.milestones)
+        case "exponential":
+            return optim.final ** t
         case "rsqrt":
             return max(optim.final, (max(1, warmup) / max(1, warmup, step)) ** 0.5)
         case _:

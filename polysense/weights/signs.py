@@ -22,6 +22,7 @@ SIGNS: dict[tuple[str, str], str] = {
     ("dalle_dvae", "openai"): r"encoder\.blocks\.group_1\.block_1\.res_path\.conv_1\.w",
     ("dalle_dvae", "flava"): r"(image_codebook\.)?blocks\.group_1\.group\.block_1\.res_path\.path\.conv_1\.weight",
     ("sam", "hf"): r"mask_decoder\.upscale_conv1\.weight",
+    ("nerf", "nerf_pytorch"): r"network_fine_state_dict\.alpha_linear\.weight",
     ("sam", "official"): r"mask_decoder\.output_upscaling\.0\.weight",
     ("beit", "hf"): r"beit\.(encoder\.relative_position_bias|shared_position_bias)\.relative_position_bias_table",
     ("beit", "hf_classifier"): r"beit\.pooler\.layernorm\.weight",

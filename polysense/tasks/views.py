@@ -1,0 +1,59 @@
+"""Novel views (Mildenhall et al. 2020, section 6.1): PSNR and SSIM of rendered against true pictures, and the error of distances where the data
+know them. SSIM (Wang et al. 2004) has windows of 11 pixels, smaller in smaller pictures.
+
+LPIPS is left out: every package of it fetches the weights of its network from elsewhere.
+"""
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from polysense.base.errors import UserError
+from polysense.tasks.encode import Progress, frozen, name_of
+from polysense.tasks.result import Result, mean_of, metric
+
+
+def run(subject: Any, test: Any, *, seed: int = 0, progress: Progress | None = None) -> Result:
+    """Means over the views of a source of rays (`cameras`: the whole pictures)."""
+    cameras = getattr(test, "cameras", None)
+    if cameras is None:
+        raise UserError(f"{test.name!r} offers rays, but no whole views", "use a source of posed views, such as solids")
+    found: dict[str, list[float]] = {"psnr": [], "ssim": []}
+    with frozen(subject.system):
+        for v in range(len(cameras.image)):
+            origin, direction = (torch.from_numpy(x).to(subject.device) for x in cameras.rays(v))
+            truth = torch.from_numpy(cameras.image[v]).float()
+            colour, depth = shown(subject.system, origin, direction)
+            colour = colour.cpu().clamp(0, 1).view_as(truth)
+            found["psnr"].append(psnr(colour, truth))
+            found["ssim"].append(ssim(colour, truth))
+            if cameras.depth is not None and depth is not None:
+                known = torch.from_numpy(cameras.depth[v]).flatten()
+                hit = known.isfinite()
+                found.setdefault("depth_error", []).append(float((depth.cpu()[hit] - known[hit]).abs().mean()))
+            if progress:
+                progress(v + 1, len(cameras.image))
+    metrics = {k: metric(mean_of(np.array(v)), len(v), seed=seed) for k, v in found.items()}
+    return Result("views", name_of(subject), test.name, len(cameras.image), metrics)
+
+
+def shown(system: Any, origin: Tensor, direction: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Colour [R,3], and mean distance [R] of systems that tell it."""
+    if hasattr(system, "view"):
+        seen = system.view(origin, direction)
+        return seen.colour, seen.depth
+    return system.render_view(origin, direction), None
+
+
+def psnr(picture: Tensor, truth: Tensor) -> float:
+    """-10 log10 of the mean squared error, for values in [0,1]; at most 100."""
+    return float(-10 * torch.log10((picture - truth).square().mean().clamp_min(1e-10)))
+
+
+def ssim(picture: Tensor, truth: Tensor) -> float:
+    """Mean structural similarity of two pictures [H,W,3] in [0,1]."""
+    from kornia.metrics import ssim as similarity
+
+    window = min(11, *(n if n % 2 else n - 1 for n in truth.shape[:2]))
+    return float(similarity(picture.permute(2, 0, 1)[None], truth.permute(2, 0, 1)[None], window).mean())
