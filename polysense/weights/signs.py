@@ -10,6 +10,7 @@ SIGNS: dict[tuple[str, str], str] = {
     ("vit", "hf"): r"(vit\.)?embeddings\.patch_embeddings\.projection\.weight",
     ("resnet", "timm"): r"layer1\.0\.conv1\.weight",
     ("resnet", "hf"): r"(resnet\.)?embedder\.embedder\.convolution\.weight",
+    ("flamingo", "idefics"): r"model\.gated_cross_attn_layers\.0\.alpha_cross_attn",
     ("llava_1_5", "hf"): r"(model\.)?multi_modal_projector\.linear_1\.weight",
     ("llava_1_5", "official"): r"model\.mm_projector\.2\.weight",
     ("llava", "official"): r"model\.mm_projector\.weight",
@@ -33,6 +34,9 @@ SIGNS: dict[tuple[str, str], str] = {
     ("latent_diffusion", "original"): r"model\.diffusion_model\.input_blocks\.1\.1\.transformer_blocks\.0\.attn2\.to_k\.weight",
     ("dino", "hf"): r"embeddings\.patch_embeddings\.projection\.weight",
     ("dino", "facebook"): r"(student\.backbone\.)?patch_embed\.proj\.weight",
+    ("blip2", "hf"): r"qformer\.encoder\.layer\.\d+\.intermediate_query\.dense\.weight",
+    ("controlnet", "diffusers"): r"controlnet\.controlnet_cond_embedding\.conv_in\.weight",
+    ("controlnet", "original"): r"control_model\.input_hint_block\.0\.weight",
     ("bert", "hf"): r"(bert\.)?embeddings\.word_embeddings\.weight",
 }
 
