@@ -20,6 +20,8 @@ def fake_batch(preset: Preset, keys: tuple[str, ...], n: int = 4, seed: int = 0)
             made[key] = torch.randn(n, (feed.video.frames if feed.video else 8) or 5, 3, size, size, generator=g)
         elif key == "audio":
             made[key] = torch.randn(n, audio_samples(preset), generator=g) * 0.1
+        elif key == "hint":
+            made[key] = torch.rand(n, 3, feed.image.size, feed.image.size, generator=g)
         elif key == "views":
             made[key] = torch.randn(n, len(feed.views), 3, feed.views[0].size, feed.views[0].size, generator=g)
         elif key == "crops":

@@ -37,6 +37,7 @@ SIGNS: dict[tuple[str, str], str] = {
     ("blip2", "hf"): r"qformer\.encoder\.layer\.\d+\.intermediate_query\.dense\.weight",
     ("controlnet", "diffusers"): r"controlnet\.controlnet_cond_embedding\.conv_in\.weight",
     ("controlnet", "original"): r"control_model\.input_hint_block\.0\.weight",
+    ("videomae", "hf"): r"videomae\.embeddings\.patch_embeddings\.projection\.weight",
     ("bert", "hf"): r"(bert\.)?embeddings\.word_embeddings\.weight",
 }
 

@@ -82,12 +82,12 @@ def painter():
     """A text-to-image system with a tokenizer, untrained."""
     import torch
 
+    from polysense.archetypes.stable_diffusion import unet
     from polysense.base.catalogue import preset_of
     from polysense.data.tokenizer import make_tokenizer
     from polysense.decoders.kl_vae import KLVAE
     from polysense.nn.norm import GroupNorm
     from polysense.pipeline import Pipeline
-    from polysense.systems.generate.latent_diffusion import unet
     torch.manual_seed(0)
     base = preset_of("latent_diffusion")
     preset = base.but(config=base.config.but(

@@ -34,6 +34,19 @@ def small(stage: Stage) -> Stage:
     return stage.but(**{"batch_size": 4})
 
 
+def begun(preset):
+    """A system as its training begins: what its Starts lend is no longer as at birth (a network born silent would pass no gradient on)."""
+    system = preset.config.build()
+    with torch.no_grad():
+        for start in preset.starts:
+            for name, p in system.named_parameters():
+                if not start.into or name == start.into or name.startswith(f"{start.into}."):
+                    p.add_(torch.randn_like(p) * 0.02)
+    if preset.starts:
+        system.after_start()
+    return system
+
+
 def loss_of(system: System, stage: Stage, batch):
     return stage.objective(system, stage.embed(system, batch) if stage.embed else batch)
 
@@ -59,8 +72,9 @@ def test_class_is_final_and_overrides_only_hooks(recipe):
     assert getattr(cls, "is_final", False), "mark it @final"
     with pytest.raises(TypeError, match="finished system"):
         type("Sub", (cls,), {})
-    for base in (b for b in cls.__mro__[1:] if issubclass(b, System) and b is not System):
-        clash = {k for k, v in vars(cls).items() if callable(v) and k in vars(base) and k != "train"} - HOOKS
+    for base in (b for b in cls.__mro__[1:] if issubclass(b, System | Agent) and b is not System):
+        clash = {k for k, v in vars(cls).items() if callable(v) and k in vars(base) and k != "train"} - HOOKS - getattr(
+            base, "__abstractmethods__", frozenset())
         assert not clash, f"{cls.__name__} overrides {clash} of {base.__name__}: make it a hook or a part in a slot"
 
 
@@ -89,12 +103,15 @@ def test_reads_what_it_declares_and_trains_what_it_says(recipe):
 
 def test_what_trains_nothing_stands_on_others(recipe):
     """A system may have no stages: then it declares no needs, and in every preset each of its weights comes from a Start."""
-    card, _, preset, system = recipe
+    card, _, _, system = recipe
     for name in card.presets:
         plan = preset_of(card.id, name)
         if plan.stages:
             continue
         assert not card.needs, f"{card.id} trains nothing, so it reads no batch keys"
+        if isinstance(system, Agent):        # holds no weights: its helpers come to named seats
+            assert system.roles and not system.helpers and not hasattr(system, "state_dict")
+            continue
         with torch.device("meta"):
             weights = plan.config.build().state_dict()
         lost = [k for k in weights if not any(not s.into or k == s.into or k.startswith(f"{s.into}.") for s in plan.starts)]
@@ -105,6 +122,8 @@ def test_weights_and_preset_survive_a_file(recipe, tmp_path):
     card, _, preset, system = recipe
     plain = json.loads(json.dumps(preset.to_dict()))
     assert from_dict(plain) == preset and from_dict(plain).digest() == preset.digest()
+    if isinstance(system, Agent):
+        return
     save_file({k: v.contiguous() for k, v in system.state_dict().items()}, tmp_path / "w.safetensors")
     twin = preset.config.build()
     twin.load_state_dict(load_file(tmp_path / "w.safetensors"), strict=True)
@@ -117,9 +136,13 @@ def test_weights_and_preset_survive_a_file(recipe, tmp_path):
 def test_same_seed_same_weights_and_loss(recipe):
     card, _, preset, _ = recipe
 
-    def first_loss() -> float:
+    def first_loss():
         torch.manual_seed(7)
         system = preset.config.build()
+        if isinstance(system, Agent):
+            system.ask("what is written there?", ["/no/such/picture.png"])
+            assert system.log, "an agent writes down what it does"
+            return [e.to_json() for e in system.log]
         if not preset.stages:
             return float(sum(v.double().abs().sum() for v in system.state_dict().values()))
         stage = preset.stages[0]
@@ -162,7 +185,7 @@ def test_a_step_down_the_gradient_lowers_the_loss(recipe):
     card, _, preset, _ = recipe
     for stage in preset.stages:
         torch.manual_seed(0)
-        system = preset.config.build()
+        system = begun(preset)
         system.choose_trainable(stage.trainable)
         system.train()
         batch = fake_batch(preset, card.needs)
@@ -183,8 +206,11 @@ def test_paper_preset_builds_on_the_meta_device(recipe):
     preset = module.paper()
     with torch.device("meta"):
         system = preset.config.build()
-    count = sum(p.numel() for p in system.parameters())
     published = getattr(module, "PARAMETERS", None)
+    if isinstance(system, Agent):
+        assert published is None, "an agent has no parameters of its own"
+        return
+    count = sum(p.numel() for p in system.parameters())
     assert published, f"{card.id}: say the published parameter count of paper() as PARAMETERS"
     assert abs(count / published - 1) < 0.005, f"{count:,} parameters, published {published:,}"
 

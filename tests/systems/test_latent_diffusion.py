@@ -5,6 +5,7 @@ from fake import fake_batch
 
 import polysense
 from polysense.archetypes.denoiser import Sampler
+from polysense.archetypes.stable_diffusion import unet
 from polysense.base.catalogue import preset_of
 from polysense.base.errors import UserError
 from polysense.base.system import After
@@ -12,7 +13,7 @@ from polysense.decoders.kl_vae import KLVAE, kl_to_normal
 from polysense.decoders.patch_critic import PatchCritic
 from polysense.nn.maps import mixing, recorded
 from polysense.nn.norm import GroupNorm
-from polysense.systems.generate.latent_diffusion import StableDiffusion, unet
+from polysense.systems.generate.latent_diffusion import StableDiffusion
 from polysense.towers.clip import body
 from polysense.towers.clip_text import ClipText
 from polysense.train.fit import fit

@@ -19,26 +19,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from polysense.archetypes.denoiser import Sampler
 from polysense.archetypes.latent_diffusion import LatentDiffusion
+from polysense.archetypes.stable_diffusion import PARAMETERS, TINY_WORDS, WORDS, pictures, tiny_base, version_1
 from polysense.base.card import Card
-from polysense.base.system import After, Batch, Feed, ImagePlan, Losses, Optim, Preset, Spec, Stage, Start, TextPlan, ViewPlan, final
-from polysense.decoders.kl_vae import KLVAE, kl_to_normal
+from polysense.base.system import After, Batch, Losses, Optim, Preset, Spec, Stage, Start, final
+from polysense.decoders.kl_vae import kl_to_normal
 from polysense.decoders.patch_critic import PatchCritic, balance, hinge
-from polysense.nn.norm import GroupNorm
-from polysense.nn.spatial import ResBlock, SpatialTransformer
-from polysense.nn.unet import Level, UNet
-from polysense.towers.clip import body, tiny_pair
-from polysense.towers.clip_text import ClipText
 from polysense.weights import latent_diffusion as layouts
+
+__all__ = ["PARAMETERS", "StableDiffusion"]
 
 card = Card(
     name="Latent diffusion", paper="Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models, CVPR 2022",
     arxiv="2112.10752", year=2022, says="Draws pictures from words, in a small latent space.",
     needs=("image", "text"), can=("generate_image", "reconstruct"), official="CompVis/stable-diffusion",
 )
-
-PARAMETERS = 859_520_964 + 83_653_863 + 123_060_480          # of Stable Diffusion 1: U-Net, auto-encoder, CLIP's text tower
 
 weights = {"diffusers": layouts.DIFFUSERS, "original": layouts.ORIGINAL}
 
@@ -88,29 +83,11 @@ class StableDiffusion(LatentDiffusion):
                 self.scale.copy_(now if after.step == 1 else torch.lerp(self.scale, now, 0.1))
 
 
-def unet(widths: tuple[int, ...], seeing: tuple[int, ...], source: int, *, channels: int = 4, depth: int = 2, heads: int = 8,
-         groups: int = 32) -> UNet.Config:
-    attn = SpatialTransformer.Config(heads=heads, source=source, norm=GroupNorm.Config(groups=groups, eps=1e-6))
-    return UNet.Config(levels=tuple(Level(width=w, depth=depth, attn=attn if i in seeing else None) for i, w in enumerate(widths)), mid=attn,
-                       channels=channels, block=ResBlock.Config(norm=GroupNorm.Config(groups=groups, eps=1e-5)))
-
-
-def pictures(size: int, flip: float, words: TextPlan) -> Feed:
-    return Feed(image=ImagePlan(size=size, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)), text=words,
-                train_image=ViewPlan(size=size, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=flip))
-
-
 def tiny() -> Preset:
-    """32 px, f = 4: latents of 8x8x4; the words of `clip` tiny."""
-    text = tiny_pair()["text"]
-    assert isinstance(text, ClipText.Config)
+    """2.9M parameters in the U-Net; the text tower is that of `clip` tiny."""
     return Preset(
-        data="scenes:single?style=plain&size=32", feed=pictures(32, 0.0, TextPlan(vocab=4096, length=48)),
-        starts=(Start(into="text", from_="clip", take="text"),),
-        config=StableDiffusion.Config(
-            vae=KLVAE.Config(widths=(24, 32, 48), depth=1, norm=GroupNorm.Config(groups=8, eps=1e-6)),
-            unet=unet((64, 96), (0, 1), text.width, depth=1, heads=4, groups=16), text=text, size=32, schedule="scaled_linear", low=8.5e-4,
-            high=0.012, clip=None, guidance=4.0, sampler=Sampler(name="ddim")),
+        data="scenes:single?style=plain&size=32", feed=pictures(32, TINY_WORDS), starts=(Start(into="text", from_="clip", take="text"),),
+        config=StableDiffusion.Config(**tiny_base()),
         stages=(Stage(name="compress", objective=StableDiffusion.compress, trainable=("vae.*", "log_noise"), weights=(("kl", 1e-4),), steps=600,
                       batch_size=48, optim=Optim(lr=2e-3, warmup=30, clip=1.0)),
                 Stage(name="denoise", objective=StableDiffusion.losses, trainable=("unet.*",), steps=1500, batch_size=64, ema=0.995,
@@ -119,12 +96,8 @@ def tiny() -> Preset:
 
 def paper() -> Preset:
     """Stable Diffusion 1: 512 px on an auto-encoder that is trained already, 225,000 steps on LAION-aesthetics after 256 px."""
-    config = StableDiffusion.Config(
-        vae=KLVAE.Config(widths=(128, 256, 512, 512)), unet=unet((320, 640, 1280, 1280), (0, 1, 2), 768),
-        text=ClipText.Config(vocab=49408, length=77, body=body(768, 12, 12)), size=512, scale=0.18215, schedule="scaled_linear", low=8.5e-4,
-        high=0.012, clip=None, sampler=Sampler(name="plms", offset=1, last="first"))
     return Preset(
-        data="laion_aesthetics", config=config, feed=pictures(512, 0.5, TextPlan(vocab=49408, length=77)),
+        data="laion_aesthetics", config=StableDiffusion.Config(**version_1()), feed=pictures(512, WORDS, flip=0.5),
         starts=(Start(into="text", from_="clip", take="text", preset="paper"),),
         stages=(Stage(name="denoise", objective=StableDiffusion.losses, trainable=("unet.*",), steps=225_000, batch_size=2048, ema=0.9999,
                       optim=Optim(lr=1e-4, weight_decay=0.01, schedule="constant", warmup=10_000)),))
