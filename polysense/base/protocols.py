@@ -4,7 +4,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from torch import Tensor, device
 
@@ -182,6 +182,13 @@ class Detects(Protocol):
         ...
 
 
+@runtime_checkable
+class Asks(Protocol):
+    def ask(self, question: str, images: Sequence[str] = ()) -> str:
+        """A question and the paths of pictures -> an answer, by way of other systems: what agents do."""
+        ...
+
+
 class Subject(Protocol):
     """What an exam examines and the app stands on: a system with everything needed to feed it. `Pipeline` is one."""
     system: Any
@@ -206,7 +213,7 @@ CAPABILITIES: dict[str, type] = {
     "generate_image": GeneratesImage,
     "sample_image": SamplesImage,
     "attend": Attends, "reconstruct": Reconstructs, "encode_codes": EncodesCodes, "decode_codes": DecodesCodes,
-    "segment": Segments, "detect": Detects, "render_view": RendersView, "answer_about_video": AnswersAboutVideo,
+    "segment": Segments, "detect": Detects, "render_view": RendersView, "answer_about_video": AnswersAboutVideo, "ask": Asks,
 }
 
 

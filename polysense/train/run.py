@@ -36,6 +36,8 @@ def train(system_id: str, preset: str = "tiny", *, data: str | None = None, step
     overrides: dotted changes (see `override`). Raises UserError for anything the user can mend, `Diverged` where training broke down.
     """
     plan = override(preset_of(system_id, preset), overrides or {})
+    if not issubclass(plan.config.owner, System):
+        raise UserError(f"{system_id} is an agent: it has no weights to train", f'use it: polysense agent {system_id} PHOTO --ask "..."')
     plan = plan.but(data=data) if data else plan
     plan = shortened(plan, steps) if steps is not None else plan
     yield from train_preset(system_id, plan, card_of(system_id).needs, name=preset, overrides=overrides, **options)

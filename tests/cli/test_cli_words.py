@@ -49,7 +49,7 @@ ALL = dict(commands())
 
 
 def test_the_commands_of_the_house_are_all_there():
-    assert {"list", "show", "train", "exam", "prove", "convert", "index", "search", "label", "encode", "new", "report", "generate",
+    assert {"list", "show", "train", "exam", "prove", "convert", "index", "search", "agent", "label", "encode", "new", "report", "generate",
             "codes", "reconstruct", "data list", "data get", "data show"} == {" ".join(w) for w in ALL}
 
 
