@@ -21,7 +21,7 @@ from polysense.base.errors import UserError
 
 Sample = dict[str, Any]
 HEAVY = ("image", "edited", "hint", "depth", "mask", "audio", "video")     # what costs decoding, hence is loaded on demand
-FOLLOWS = {"image": ("views",), "text": ("text_mask",), "video": ("video_mask",)}                    # batch keys that come with another
+FOLLOWS = {"image": ("views",), "mask": ("polygon",), "text": ("text_mask",), "video": ("video_mask",)}                    # batch keys that come with another
 
 
 class BadSample(Exception):
@@ -323,9 +323,9 @@ class Blob:
             raise OSError("the archive breaks off inside this file")
         return got
 
-    def __del__(self) -> None:
-        if self._fd is not None and self._fd[0] == os.getpid():
-            os.close(self._fd[1])
+    def __del__(self, mine: Callable[[], int] = os.getpid, close: Callable[[int], None] = os.close) -> None:
+        if self._fd is not None and self._fd[0] == mine():      # as defaults, for modules may be gone by then
+            close(self._fd[1])
 
     def members(self) -> Iterator[tuple[str, int, int]]:
         """(name, offset, size) of every file in a tar; stops where the archive breaks and says so in `damage`."""
