@@ -12,16 +12,13 @@ from polysense.base.system import Preset, System
 from polysense.data import source
 from polysense.data.loader import Loader
 from polysense.data.sources import Source
-from polysense.nn.head import Linear
 from polysense.pipeline import Pipeline
 from polysense.proofs.arms import train_arm, words
 from polysense.proofs.harness import Outcome
-from polysense.proofs.judge import agreement, train_judge
-from polysense.systems.align import clip
+from polysense.proofs.judge import agreement, small_clip, train_judge
 from polysense.systems.generate import dalle, dalle_dvae
 from polysense.towers.clip import body as clip_body
 from polysense.towers.clip_text import ClipText
-from polysense.towers.resnet import ResNet
 from polysense.train.starts import carry
 
 METRIC, HIGHER_IS_BETTER = "share of drawn scenes whose colour and shape are those of the sentence (best of 8 by the scorer)", True
@@ -34,14 +31,6 @@ def plan(steps: int) -> Preset:
     return dalle.tiny().but(**{
         "feed.text.length": LENGTH, "config.text_length": LENGTH, "config.body": dalle.body(96, 4, 4, LENGTH, 8, kernel=5),
         "stages.0.steps": steps, "stages.0.batch_size": 32, "stages.0.optim.warmup": steps // 10})
-
-
-def small_clip(of: Preset, steps: int) -> Preset:
-    """A CLIP of a few layers that reads the same tokens, pictures of 32 px."""
-    text = ClipText.Config(vocab=512, length=LENGTH, end=2, body=clip_body(64, 2, 2))
-    config = clip.CLIP.Config(vision=ResNet.Config(layers=(1, 1, 1), base=24), text=text, image_head=Linear.Config(into=96, out=64),
-                              text_head=Linear.Config(into=64, out=64))
-    return clip.tiny().but(config=config, **{"feed": of.feed, "stages.0.steps": steps, "stages.0.batch_size": 64, "stages.0.optim.warmup": 10})
 
 
 def shuffled(train: Source, of: Preset, tokenizer, seed: int) -> Iterator[Batch]:
@@ -61,12 +50,13 @@ def compare(seed: int, train: Source, test: Source, asked: int = 160, stage_1: i
     told = train_arm("dalle", of, train, needs=("image", "text"), seed=seed, tokenizer=tokenizer, prepare=stand).subject
     blind = train_arm("dalle", of, train, needs=("image", "text"), seed=seed, tokenizer=tokenizer, prepare=stand,
                       batches=shuffled(train, of, tokenizer, seed)).subject
-    judge_of = train_arm("clip", small_clip(of, 150), train, needs=("image", "text"), seed=seed, tokenizer=tokenizer).subject
+    text = ClipText.Config(vocab=512, length=LENGTH, end=2, body=clip_body(64, 2, 2))
+    scorer = train_arm("clip", small_clip(of, text, 24, 150), train, needs=("image", "text"), seed=seed, tokenizer=tokenizer).subject
     judge = train_judge(train, of.feed, 16, 120, seed)
     batch = next(iter(Loader(test, of.feed, tokenizer, batch_size=asked, train=False, needs=("image", "text", "label"))))
     scores: dict[str, float] = {}
     for name, subject in (("told", told), ("blind", blind)):
-        one, best = drawn(subject, judge_of, batch, seed)
+        one, best = drawn(subject, scorer, batch, seed)
         scores |= {name: agreement(judge, best, batch["label"]), f"{name} alone": agreement(judge, one, batch["label"])}
     nll = {n: float(s.system.nll(batch["image"], batch["text"]).mean()) for n, s in (("told", told), ("blind", blind))}
     return Outcome(scores["told"], {"shuffled captions": scores["blind"], "the first of the eight": scores["told alone"]}, {

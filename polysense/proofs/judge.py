@@ -7,9 +7,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from polysense.base.plan import Feed
+from polysense.base.plan import Feed, Preset
 from polysense.data.loader import Loader
 from polysense.data.sources import Source
+from polysense.nn.head import Linear
+from polysense.nn.residual import CIFAR_STEM, Basic
+from polysense.systems.align import clip
+from polysense.towers.clip_text import ClipText
+from polysense.towers.resnet import ResNet
+
+
+def small_clip(of: Preset, text: ClipText.Config, base: int, steps: int) -> Preset:
+    """A CLIP of a few layers that reads the pictures and the tokens of another preset."""
+    vision = ResNet.Config(layers=(1, 1, 1), base=base, block=Basic.Config(), stem=CIFAR_STEM)
+    config = clip.CLIP.Config(vision=vision, text=text, image_head=Linear.Config(into=vision.width, out=64),
+                              text_head=Linear.Config(into=text.width, out=64))
+    return clip.tiny().but(config=config, feed=of.feed, **{"stages.0.steps": steps, "stages.0.batch_size": 64, "stages.0.optim.warmup": 10})
 
 
 class Judge(nn.Module):
