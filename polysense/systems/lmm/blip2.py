@@ -40,7 +40,6 @@ from polysense.base.system import (
 )
 from polysense.connectors.qformer import Looked, QFormer
 from polysense.decoders.words import WordHead
-from polysense.nn.attention import Attention
 from polysense.nn.block import PreNorm
 from polysense.nn.build import build
 from polysense.nn.head import LinearBias
@@ -51,6 +50,7 @@ from polysense.objectives.language import IGNORE, labels_of, next_token
 from polysense.objectives.matching import matching_loss, matching_pairs
 from polysense.objectives.spread import gather, places, world
 from polysense.towers.causal_lm import CausalLM, opt
+from polysense.towers.clip import body, image_tower
 from polysense.towers.vit import ViT
 from polysense.weights import blip2_hf
 
@@ -239,12 +239,11 @@ SPEAK = ("norm_vision.*", "qformer.query", "qformer.norm_pre.*", "qformer.blocks
 
 def tiny() -> Preset:
     """CLIP's ViT of 64 px, read after its last block but one; a language model of two blocks that reads captions first; then both stages."""
-    body = Transformer.Config(width=192, depth=6, heads=3, block=PreNorm.Config(attn=Attention.Config(), mlp=MLP.Config(act="quick_gelu")))
     optim = Optim(lr=1e-3, weight_decay=0.05, betas=(0.9, 0.98), warmup=30, clip=1.0)
     return Preset(
         data="scenes", starts=(Start(into="vision", from_="clip", take="vision", preset="tiny_vit"),),
         config=BLIP2.Config(
-            vision=ViT.Config(image_size=64, patch=8, body=body, patch_bias="", norm_pre=LayerNorm.Config(), dense="values", std=None),
+            vision=image_tower(64, 8, body(192, 6, 3)),
             norm=LayerNorm.Config(eps=1e-6), qformer=QFormer.Config(queries=8, width=128, depth=4, heads=4, source=192, vocab=2049, length=48),
             dim=64, words=WordHead.Config(vocab=2049), start=1, end=2, decode=2048,
             language=opt(vocab=2048, length=384, width=128, depth=2, heads=4)),
