@@ -21,7 +21,7 @@ from polysense.base.errors import UserError
 
 Sample = dict[str, Any]
 HEAVY = ("image", "edited", "hint", "depth", "mask", "audio", "video")     # what costs decoding, hence is loaded on demand
-FOLLOWS = {"image": ("views",), "mask": ("polygon",), "text": ("text_mask",), "video": ("video_mask",)}                    # batch keys that come with another
+FOLLOWS = {"image": ("views",), "mask": ("polygon",), "text": ("text_mask",), "video": ("video_mask",)}     # batch keys that come with another
 
 
 class BadSample(Exception):
