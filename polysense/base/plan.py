@@ -72,6 +72,7 @@ class EpisodePlan(PromptPlan):
     """Text of a system that reads pictures and texts in turn: start, then picture text end, again and again (Flamingo)."""
     image: int                                          # id that holds the place of a picture; the tokenizer has none of that number
     shots: int = 3                                      # pictures, each with its caption, of one episode in training
+    p_next: float = 0.0                                 # chance, in training, that the pictures of an episode stand behind their texts
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,8 @@ Photo = Annotated[str, typer.Argument(metavar="PHOTO", help="A picture: a file o
 def caption(photos: Annotated[Path, typer.Argument(metavar="PHOTOS", help="A folder of pictures, searched at any depth, or one picture.")],
             model: Model,
             out: Annotated[Path | None, typer.Option(metavar="FILE.csv", help="Write the captions into a table: path, caption.")] = None,
+            example: Annotated[list[str] | None, typer.Option("--example", metavar="PHOTO=TEXT", help="Show what is wanted, for systems that learn "
+                                                              "from a few examples (flamingo); may be given several times.")] = None,
             max_new: Most = 64, how: How = "greedy", seed: Seed = 0,
             system: System = None, layout: Layout = None, device: Device = None, as_json: Json = False) -> None:
     """Describe pictures in words.
@@ -29,6 +31,7 @@ def caption(photos: Annotated[Path, typer.Argument(metavar="PHOTOS", help="A fol
       polysense caption holiday.jpg -m runs/blip2
       polysense caption ~/photos -m runs/llava --out captions.csv
       polysense caption ~/photos -m runs/llava --how beam:5 --json
+      polysense caption new.jpg -m runs/flamingo --example cat.jpg="a cat: meow" --example dog.jpg="a dog: woof"
     """
     from polysense.app.files import find_photos
     from polysense.cli.out import Bar, json_out, note, say, table
@@ -39,6 +42,9 @@ def caption(photos: Annotated[Path, typer.Argument(metavar="PHOTOS", help="A fol
     paths = sorted(p for p, _, _ in find_photos(photos)) if photos.is_dir() else [str(photos)]
     if not paths:
         raise UserError(f"no pictures in {str(photos)!r}", "check the path")
+    examples = [(photo, text) for photo, eq, text in (e.partition("=") for e in example or ()) if eq and text.strip()]
+    if len(examples) != len(example or ()):
+        raise UserError("an example is a picture and a text", 'it looks like --example cat.jpg="a cat"')
     pipeline = _open(model, system, layout, device)
     pipeline._need("generate_text")
     said: list[tuple[str, str]] = []
@@ -52,7 +58,7 @@ def caption(photos: Annotated[Path, typer.Argument(metavar="PHOTOS", help="A fol
                 except UserError as error:
                     skipped.append((path, error.advice or error.what))
             if good:
-                captions = pipeline.caption([picture for _, picture in good], max_new=max_new, how=how, seed=seed)
+                captions = pipeline.caption([picture for _, picture in good], examples=examples, max_new=max_new, how=how, seed=seed)
                 said += [(path, text) for (path, _), text in zip(good, captions, strict=True)]
             bar(min(start + 16, len(paths)), len(paths))
     if not said:

@@ -50,19 +50,19 @@ class GatedCrossAttention(Part):
 
 
 class GatedBlock(PreNorm):
-    """A language model's block with a GatedCrossAttention before it, at `gate`; the names of the block itself stay. Without a source it is the
+    """A language model's block with a GatedCrossAttention before it, at `look`; the names of the block itself stay. Without a source it is the
     plain block."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config(PreNorm.Config):
-        gate: Spec = field(default_factory=GatedCrossAttention.Config)
+        look: Spec = field(default_factory=GatedCrossAttention.Config)
 
     def __init__(self, c: Config):
         super().__init__(c)
-        self.gate = build(c.gate, width=c.width, heads=c.heads)
+        self.look = build(c.look, width=c.width, heads=c.heads)
 
     def forward(self, x: Tensor, source: Tensor | None = None, *, mask: Tensor | None = None, source_mask: Tensor | None = None,
                 causal: bool = False, cache: LayerCache | None = None, position: Tensor | None = None, query: Tensor | None = None) -> Tensor:
         """As PreNorm.forward; source [B,S,.] are the visual tokens, source_mask [B,T,S] says which token sees which."""
-        x = x if source is None else self.gate(x, source, source_mask)
+        x = x if source is None else self.look(x, source, source_mask)
         return super().forward(x, mask=mask, causal=causal, cache=cache, position=position, query=query)

@@ -98,16 +98,20 @@ def episodes(plan: EpisodePlan, tokenizer: Any, rows: Sequence[Sequence[Sample]]
     """
     said = [[(pick := [c for c in a["captions"] if c.strip()])[int(rng.integers(len(pick))) if rng else 0] for a in row]
             for row, rng in zip(rows, rngs, strict=True)]
-    return episode_ids(plan, tokenizer, said)
+    return episode_ids(plan, tokenizer, said, [rng is not None and rng.random() < plan.p_next for rng in rngs])
 
 
-def episode_ids(plan: EpisodePlan, tokenizer: Any, said: Sequence[Sequence[str | None]]) -> Tensor:
-    """The same from the texts themselves; a last one of None is left to be written. Longer episodes are cut at the plan's length."""
+def episode_ids(plan: EpisodePlan, tokenizer: Any, said: Sequence[Sequence[str | None]], behind: Sequence[bool] = ()) -> Tensor:
+    """The same from the texts themselves; a last one of None is left to be written. Longer episodes are cut at the plan's length.
+
+    behind: rows whose pictures stand behind their texts (text end picture).
+    """
     if tokenizer.pad == tokenizer.end or plan.image < tokenizer.vocab:
         raise UserError("padding or the picture's id means something else to this tokenizer", 'pad="zero", and an image id above the vocabulary')
     words = lambda text: tokenizer.engine.encode(clean(text), add_special_tokens=False).ids
-    rows = [[tokenizer.start, *chain.from_iterable([plan.image] if t is None else [plan.image, *words(t), tokenizer.end] for t in row)][:plan.length]
-            for row in said]
+    shot = lambda t, back: [plan.image] if t is None else [*words(t), tokenizer.end, plan.image] if back else [plan.image, *words(t), tokenizer.end]
+    rows = [[tokenizer.start, *chain.from_iterable(shot(t, back) for t in row)][:plan.length]
+            for row, back in zip(said, behind or [False] * len(said), strict=True)]
     wide = max(map(len, rows))
     return torch.tensor([row + [tokenizer.pad] * (wide - len(row)) for row in rows], dtype=torch.int64)
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from polysense.base.errors import UserError
-from polysense.base.plan import ChatPlan, Preset, PromptPlan
+from polysense.base.plan import ChatPlan, EpisodePlan, Preset, PromptPlan
 from polysense.base.spec import Spec, from_dict
-from polysense.data.chat import Chat, Turn
+from polysense.data.chat import Chat, Turn, episode_ids
 from polysense.train.precision import autocast
 
 MOST = 64                                             # new tokens, where nothing else is said
@@ -76,6 +76,26 @@ def _batched(pipeline: Writes, images: Sequence[Any], prompts: list[list[int]], 
     return out
 
 
+def _shown(pipeline: Writes, images: Sequence[Any], examples: Sequence[tuple[Any, str]], max_new: int, how: Spec | None,
+           batch_size: int) -> list[str]:
+    """Few-shot: the examples, then the picture, then what the system writes."""
+    plan = pipeline.preset.feed.text
+    if not isinstance(plan, EpisodePlan):
+        raise UserError(f"{pipeline.id or 'this system'} reads one picture at a time", "leave the examples out, or use flamingo")
+    said = episode_ids(plan, pipeline.tokenizer, [[*(text for _, text in examples), None]])
+    if int((said == plan.image).sum()) != len(examples) + 1:
+        raise UserError(f"{len(examples)} examples do not fit the {plan.length} tokens that are read", "give fewer, or shorter ones")
+    options = {} if how is None else {"how": how}
+    shots, out = pipeline.read_images([picture for picture, _ in examples]), list[str]()
+    for start in range(0, len(images), batch_size):
+        query = pipeline.read_images(images[start:start + batch_size])
+        both = torch.cat([shots.expand(len(query), *shots.shape), query[:, None]], 1)
+        with torch.inference_mode(), autocast("auto", pipeline.device)(True):
+            new = pipeline.system.generate_text(both, said.to(pipeline.device).expand(len(query), -1), max_new=max_new, **options)
+        out += [pipeline.tokenizer.decode(row) for row in new.cpu()]
+    return out
+
+
 def prompt_of(pipeline: Writes, turns: Sequence[Turn]) -> list[int]:
     """The ids of a conversation with an open last turn, as the system's feed puts it.
 
@@ -93,13 +113,20 @@ def prompt_of(pipeline: Writes, turns: Sequence[Turn]) -> list[int]:
 class Talk:
     """The verbs of a Pipeline that answer in words."""
 
-    def caption(self: Any, images: Any, *, max_new: int = MOST, how: str = "greedy", seed: int = 0, batch_size: int = 16) -> list[str]:
-        """One caption a picture (paths, PIL pictures, arrays or addresses). how: "greedy", "beam:5" or "sample:0.9", the last by `seed`."""
+    def caption(self: Any, images: Any, *, examples: Sequence[tuple[Any, str]] = (), max_new: int = MOST, how: str = "greedy", seed: int = 0,
+                batch_size: int = 16) -> list[str]:
+        """One caption a picture (paths, PIL pictures, arrays or addresses). how: "greedy", "beam:5" or "sample:0.9", the last by `seed`.
+
+        examples: (picture, text) pairs that show what is wanted, for systems that read pictures and texts in turn (Flamingo): the texts may
+        be captions, answers, anything. Raises UserError where the system reads one picture only.
+        """
         from polysense.pipeline import _listed
 
         listed, plan = _listed(images), self.preset.feed.text
         self._need("generate_text")
         describe = plan.describe if isinstance(plan, PromptPlan) else ""
+        if examples:
+            return _shown(self, listed, examples, max_new, strategy(how, seed), batch_size)
         if isinstance(plan, ChatPlan):
             return write(self, listed, [[(describe, None)]] * len(listed), max_new=max_new, how=how, seed=seed, batch_size=batch_size)
         if not listed:

@@ -91,6 +91,28 @@ def test_what_cannot_be_done_is_said_in_one_line(llava, echo, tmp_path):
         assert "\n" not in str(caught.value)
 
 
+def test_examples_are_for_systems_that_read_pictures_in_turn(llava):
+    plan = preset_of("flamingo")
+    torch.manual_seed(0)
+    flamingo = Pipeline(plan.config.build(), plan, make_tokenizer(plan.feed.text, texts_of(DATA, plan.feed.text)), id="flamingo", device="cpu")
+    with torch.no_grad():
+        for name, p in flamingo.system.named_parameters():
+            if ".look.gate" in name:
+                p.fill_(1.0)
+    pictures, seen = [Image.fromarray(DATA[i]["image"]) for i in range(4)], []
+    write, flamingo.system.generate_text = flamingo.system.generate_text, lambda *a, **k: seen.append(a) or write(*a, **k)
+    said = flamingo.caption(pictures[2:], examples=[(pictures[0], "one"), (pictures[1], "two")], max_new=4)
+    image, prompt = seen[0]
+    assert len(said) == 2 and image.shape[:2] == (2, 3) and torch.equal(image[0, :2], image[1, :2]) and not torch.equal(image[0, 2], image[1, 2])
+    words = lambda t: flamingo.tokenizer([t])[0].tolist()[1:]
+    assert prompt[0].tolist() == [1, 1000, *words("one"), 1000, *words("two"), 1000]
+    assert flamingo.caption(pictures[:1], max_new=4) and isinstance(flamingo.ask(pictures[0], "what is it?", max_new=3), str)
+    with pytest.raises(UserError, match="one picture at a time"):
+        llava.caption(pictures[:1], examples=[(pictures[1], "one")])
+    with pytest.raises(UserError, match="do not fit"):
+        flamingo.caption(pictures[:1], examples=[(pictures[1], "one " * 100)] * 3)
+
+
 def test_weights_that_are_not_numbers_are_told(llava):
     import copy
 
