@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from polysense.base.errors import UserError
-from polysense.cli import agents, attend, codes, data, draw, learn, mask, match, scene, systems, talk, use
+from polysense.cli import agents, attend, clips, codes, data, draw, learn, mask, match, scene, systems, talk, use
 from polysense.cli.out import Stopped
 
 __all__ = ["app", "main"]
@@ -55,7 +55,7 @@ for name, command, panel in (
         ("match", match.match, USE), ("reconstruct", codes.reconstruct, USE), ("attend", attend.attend, USE), ("codes", codes.codes, USE),
         ("generate", draw.generate, USE),
         ("segment", mask.segment, USE), ("detect", mask.detect, USE), ("render", scene.render, USE),
-        ("agent", agents.agent, USE),
+        ("agent", agents.agent, USE), ("clips", clips.clips, USE),
         ("convert", systems.convert, BUILD), ("new", systems.new, BUILD)):
     app.command(name, rich_help_panel=panel)(command)
 app.add_typer(data.app, name="data", rich_help_panel=LOOK)
