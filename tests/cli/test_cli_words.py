@@ -50,7 +50,8 @@ ALL = dict(commands())
 
 def test_the_commands_of_the_house_are_all_there():
     assert {"list", "show", "train", "exam", "prove", "convert", "index", "search", "agent", "clips", "label", "encode", "new", "report", "generate",
-            "codes", "reconstruct", "ask", "attend", "caption", "chat", "detect", "match", "render", "segment", "data list", "data get", "data show"} == {" ".join(w) for w in ALL}
+            "codes", "reconstruct", "ask", "attend", "caption", "chat", "detect", "match", "render", "segment",
+            "data list", "data get", "data show"} == {" ".join(w) for w in ALL}
 
 
 @pytest.mark.parametrize("words", ALL, ids=" ".join)
