@@ -29,13 +29,12 @@ def distilled_contrast(feature: Tensor, keys: Tensor, teacher: Tensor, scale: Te
     return soft_cross_entropy(similarities(feature, keys, scale), target).mean()
 
 
-def distilled_words(logits: Tensor, text: Tensor, chosen: Tensor, teacher: Tensor | None = None, alpha: Tensor | float = 0.0) -> Tensor:
-    """Masked language modelling, mean over the chosen words: (1 - alpha) CE(word) + alpha CE(softmax(teacher)) (Li et al. 2021, equation 7).
+def distilled_words(logits: Tensor, word: Tensor, teacher: Tensor | None = None, alpha: Tensor | float = 0.0) -> Tensor:
+    """Masked language modelling, mean over the hidden words: (1 - alpha) CE(word) + alpha CE(softmax(teacher)) (Li et al. 2021, equation 7).
 
-    logits and teacher [B,L,V], text [B,L] the true words, chosen bool [B,L]. A batch without a chosen word costs nothing. Scalar.
+    logits and teacher [N,V] at the hidden words alone, word [N] what stood there. No hidden word costs nothing. Scalar.
     """
-    said = logits[chosen].float()
-    loss = F.cross_entropy(said, text[chosen], reduction="none")
+    loss = F.cross_entropy(logits.float(), word, reduction="none")
     if teacher is not None:
-        loss = (1 - alpha) * loss + alpha * soft_cross_entropy(said, teacher[chosen].detach().float().softmax(-1))
+        loss = (1 - alpha) * loss + alpha * soft_cross_entropy(logits, teacher.detach().float().softmax(-1))
     return loss.sum() / max(1, len(loss))

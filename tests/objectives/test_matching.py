@@ -76,14 +76,13 @@ def test_no_gradient_reaches_keys_or_teacher():
     assert feature.grad is not None and keys.grad is None and teacher.grad is None
 
 
-def test_masked_words_count_the_chosen_alone():
-    logits, text, soft = torch.randn(2, 3, 7), torch.randint(7, (2, 3)), torch.randn(2, 3, 7)
-    chosen = torch.tensor([[True, False, False], [False, False, True]])
-    hard = F.cross_entropy(torch.stack([logits[0, 0], logits[1, 2]]), torch.stack([text[0, 0], text[1, 2]]))
-    torch.testing.assert_close(distilled_words(logits, text, chosen), hard)
-    taught = torch.stack([soft_cross_entropy(logits[i, j], soft[i, j].softmax(0)) for i, j in ((0, 0), (1, 2))]).mean()
-    torch.testing.assert_close(distilled_words(logits, text, chosen, soft, 0.25), 0.75 * hard + 0.25 * taught)
-    assert distilled_words(logits, text, torch.zeros_like(chosen)) == 0
+def test_masked_words_mix_hard_and_soft_targets():
+    logits, word, soft = torch.randn(2, 7), torch.randint(7, (2,)), torch.randn(2, 7)
+    hard = F.cross_entropy(logits, word)
+    torch.testing.assert_close(distilled_words(logits, word), hard)
+    taught = torch.stack([soft_cross_entropy(logits[i], soft[i].softmax(0)) for i in range(2)]).mean()
+    torch.testing.assert_close(distilled_words(logits, word, soft, 0.25), 0.75 * hard + 0.25 * taught)
+    assert distilled_words(logits[:0], word[:0]) == 0
 
 
 def test_words_are_hidden_as_in_bert():

@@ -119,9 +119,24 @@ def test_words_are_guessed_from_the_picture_too(albef, batch):
     albef.eval()
     other = {**batch, "image": torch.randn_like(batch["image"])}
     text = batch["text"]
-    one, two = (albef.guess(albef.whole, albef.vision(b["image"]).tokens, text) for b in (batch, other))
-    assert (one - two).abs().max() > 1e-4
-    assert one.shape == (*text.shape, 64)
+    chosen = torch.zeros_like(text, dtype=torch.bool)
+    chosen[1, 3] = chosen[2, 5] = True
+    one, two = (albef.guess(albef.whole, albef.vision(b["image"]).tokens, text, chosen) for b in (batch, other))
+    assert one.shape == (2, 64) and ((one - two).abs().amax(1) > 1e-4).all()
+
+
+def test_hidden_words_are_those_the_network_is_asked_for(albef, batch, monkeypatch):
+    asked, guess = [], type(albef).guess
+
+    def listening(self, net, image, text, chosen):
+        asked.append((text, chosen))
+        return guess(self, net, image, text, chosen)
+    monkeypatch.setattr(type(albef), "guess", listening)
+    torch.manual_seed(5)
+    albef.pretrain(batch)
+    (one, first), (two, second) = asked
+    assert torch.equal(one, two) and torch.equal(first, second), "teacher and student guess the same words"
+    assert torch.equal(one[~first], batch["text"][~first]) and first.any() and not first[:, 0].any()
 
 
 def test_teacher_follows_exactly_and_has_no_gradient(albef, batch):

@@ -102,20 +102,20 @@ class ALBEF(FusionEncoder):
         with torch.no_grad():                # the copy has no gradient; its dropout differs from the network's, as released
             seen_m, said_m = twin["vision"](image), twin["text"](text)
             image_m, text_m = self.features(twin, seen_m, said_m)
-            soft = self.guess(twin, seen_m.tokens, hidden)
+            soft = self.guess(twin, seen_m.tokens, hidden, chosen)
         i, t = self.features(net, seen, said)
         texts, images = torch.cat([text_m, self.text_queue.keys]), torch.cat([image_m, self.image_queue.keys])
         contrast = (distilled_contrast(i, texts, image_m, self.scale, alpha) + distilled_contrast(t, images, text_m, self.scale, alpha)) / 2
         pairs = matching_pairs(similarities(i, text_m, self.scale), similarities(t, image_m, self.scale))
         fused = self.fuse(net, seen.tokens[pairs.image], said.tokens[pairs.text], said.mask[pairs.text])
         return Losses(contrast=contrast, match=matching_loss(self.match_head(fused[:, 0]), pairs.truth),
-                      words=distilled_words(self.guess(net, seen.tokens, hidden), text, chosen, soft, alpha)
+                      words=distilled_words(self.guess(net, seen.tokens, hidden, chosen), text[chosen], soft, alpha)
                       ).keeping(image_key=gather(image_m), text_key=gather(text_m))
 
-    def guess(self, net: Net, image: Tensor, text: Tensor) -> Tensor:
-        """Image tokens [B,T,.] and corrupted text [B,L] -> logits [B,L,V] of every word."""
+    def guess(self, net: Net, image: Tensor, text: Tensor, chosen: Tensor) -> Tensor:
+        """Image tokens [B,T,.] and corrupted text [B,L] -> logits [N,V] of the N words that are chosen [B,L]."""
         said = net["text"](text)
-        return net["words"](self.fuse(net, image, said.tokens, said.mask), net["text"].embed.weight)
+        return net["words"](self.fuse(net, image, said.tokens, said.mask)[chosen], net["text"].embed.weight)
 
     def reply(self, batch: Batch) -> Losses:
         """Fine-tuning for questions (section 3.4): the decoder reads the fused question and writes the answer."""
