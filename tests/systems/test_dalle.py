@@ -3,12 +3,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fake import fake_batch
+from PIL import Image
 
 import polysense
 from polysense.base.catalogue import preset_of
 from polysense.base.errors import UserError
+from polysense.cli import main
 from polysense.nn.sparse import KINDS, pattern, patterns
 from polysense.train.fit import fit
+from polysense.train.run import train_preset
 
 recipe = polysense.load("dalle")
 SIDE, TEXT = 4, 8
@@ -197,16 +200,14 @@ def test_what_cannot_be_drawn_is_refused(dalle, batch, call):
     assert "\n" not in str(caught.value)
 
 
-def test_words_become_a_picture_through_the_pipeline(tmp_path):
-    from polysense.cli import main
-    from polysense.data.tokenizer import make_tokenizer
-    from polysense.pipeline import Pipeline
-
-    plan = toy()
-    tokenizer = make_tokenizer(plan.feed.text.but(vocab=64, length=TEXT), ["a red circle", "a blue star"] * 4)
-    pipe = Pipeline(plan.config.build(), plan, tokenizer, id="dalle", device="cpu")
-    one, two = pipe.generate(["a red circle"], 1, seed=1), pipe.generate(["a red circle"], 1, seed=1)
-    assert one[0].size == (16, 16) and one[0].tobytes() == two[0].tobytes()
-    with pytest.raises(UserError, match="text alone"):
-        pipe.generate(["a red circle"], 1, guidance=3.0)
-    assert main(["generate", "a red circle", "-m", str(tmp_path / "nothing"), "--out", str(tmp_path / "x.png")]) == 2
+def test_words_become_a_picture_through_a_run_and_the_command_line(tmp_path, capsys):
+    plan = toy(**{"starts": (), "stages.0.steps": 2, "stages.0.batch_size": 8, "data": "digits", "config.text_length": 24, "feed.text.length": 24,
+                  "config.body": recipe.body(16, 2, 2, 24, SIDE, kernel=3), "config.text_vocab": 512})
+    list(train_preset("dalle", plan, ("image", "text"), out=tmp_path / "run", workers=0, device="cpu"))
+    words = ["generate", "a handwritten seven", "-m", str(tmp_path / "run"), "-n", "1", "--seed", "3"]
+    assert main([*words, "--out", str(tmp_path / "one.png")]) == 0 and main([*words, "--out", str(tmp_path / "two.png")]) == 0
+    one, two = ((tmp_path / f"{n}.png").read_bytes() for n in ("one", "two"))
+    assert one == two and Image.open(tmp_path / "one.png").size == (16, 16)
+    capsys.readouterr()
+    assert main([*words, "--guidance", "3", "--out", str(tmp_path / "no.png")]) == 2 and not (tmp_path / "no.png").exists()
+    assert "text alone" in capsys.readouterr().err

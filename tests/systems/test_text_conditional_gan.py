@@ -5,11 +5,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fake import fake_batch
+from PIL import Image
 
 import polysense
 from polysense.archetypes.generator import alternate, still
 from polysense.base.catalogue import preset_of
 from polysense.base.errors import UserError
+from polysense.cli import main
 from polysense.objectives.adversarial import mismatched, r1, should_be_fake, should_be_real, should_fool
 from polysense.train.fit import fit
 from polysense.train.run import load_run, train_preset
@@ -136,6 +138,10 @@ def test_a_run_stopped_halfway_ends_as_one_that_was_not(tmp_path, monkeypatch):
     assert all(torch.equal(one[k], two[k]) for k in one)
     log_ = (tmp_path / "whole" / "log.jsonl").read_text()
     assert all(f'"{term}"' in log_ for term in ("real", "wrong", "fake", "fool", "interpolate"))
+    words = ["generate", "a handwritten digit", "-m", str(tmp_path / "whole"), "-n", "2"]
+    assert main([*words, "--out", str(tmp_path / "drawn.png")]) == 0
+    assert Image.open(tmp_path / "drawn.png").size in ((34, 16), (16, 34))
+    assert main([*words, "--guidance", "3", "--out", str(tmp_path / "no.png")]) == 2 and not (tmp_path / "no.png").exists()
 
 
 # -- the networks -----------------------------------------------------------------------------------------------------------------------
