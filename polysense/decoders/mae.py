@@ -9,7 +9,7 @@ from polysense.base.errors import UserError
 from polysense.base.spec import Spec
 from polysense.base.system import Part
 from polysense.nn.masking import Masking, take
-from polysense.nn.position import sincos, sincos_2d
+from polysense.nn.position import sincos_2d, sincos_pairs
 from polysense.nn.transformer import Transformer
 
 
@@ -69,9 +69,3 @@ class MAEDecoder(Part):
         """The same for every patch, [B,N,out] in the order of the grid; no objective trains the visible ones."""
         said = self.head(self.body(self.tokens(seen, masking)))[:, self.prefix:]
         return take(said, masking.restore)
-
-
-def sincos_pairs(width: int, length: int) -> Tensor:
-    """[length, width]: column 2i is sin, 2i + 1 cos of place / 10000^(2i/width) (Vaswani et al. 2017, section 3.5), as VideoMAE lays them out."""
-    table = sincos(width, torch.arange(length)).float()
-    return torch.stack(table.chunk(2, 1), 2).flatten(1)

@@ -10,14 +10,15 @@ from polysense.base.system import Part
 from polysense.nn.masking import Masking
 from polysense.nn.patch import patchify, unpatchify
 
-NORMS = ("none", "patch", "channel")
+NORMS = ("none", "range", "patch", "channel")
 
 
 class PixelTarget(Part):
     """The pixels of hidden patches (of clips: cubes), plain or normalised.
 
-    norm "none": as they are. "patch": each patch less its mean, divided by sqrt(variance + 1e-6), over all its values, the variance unbiased
-    (He et al. 2022, MAE, section 4, "w/ norm"). "channel": pictures are first taken back to [0,1] by `mean` and `std`, then each colour channel
+    norm "none": as they are. "range": taken back to [0,1] by `mean` and `std`.
+    "patch": each patch less its mean, divided by sqrt(variance + 1e-6), over all its values, the variance unbiased
+    (He et al. 2022, MAE, section 4, "w/ norm"). "channel": in [0,1] as "range", then each colour channel
     of a cube less its mean, divided by its deviation + 1e-6 (Tong et al. 2022, VideoMAE, released code).
     """
 
@@ -50,9 +51,11 @@ class PixelTarget(Part):
         if c.norm == "patch":
             variance, mean = torch.var_mean(patches, -1, keepdim=True)
             return (patches - mean) / (variance + 1e-6).sqrt()
-        if c.norm == "channel":
+        if c.norm in ("range", "channel"):
             cubes = patches.unflatten(-1, (-1, c.channels))
             cubes = cubes * cubes.new_tensor(c.std) + cubes.new_tensor(c.mean)
+            if c.norm == "range":
+                return cubes.flatten(-2)
             deviation, mean = torch.std_mean(cubes, -2, keepdim=True)
             return ((cubes - mean) / (deviation + 1e-6)).flatten(-2)
         return patches
@@ -75,6 +78,9 @@ class PixelTarget(Part):
         elif c.norm == "channel":
             deviation, mean = (v.mean(1)[:, None] for v in torch.std_mean(seen.unflatten(-1, (-1, c.channels)), -2, keepdim=True))
             prediction = (prediction.unflatten(-1, (-1, c.channels)) * deviation + mean).flatten(-2)
+        elif c.norm == "range":
+            prediction = prediction.unflatten(-1, (-1, c.channels))
+            prediction = ((prediction - prediction.new_tensor(c.mean)) / prediction.new_tensor(c.std)).flatten(-2)
         order = torch.cat([seen, prediction.to(seen.dtype)], 1).gather(1, masking.restore[..., None].expand_as(patches))
         return unpatchify(order, grid, c.patch, c.frames)
 

@@ -41,3 +41,9 @@ def sincos_2d(width: int, grid: tuple[int, int], prefix: int = 0) -> Tensor:
     row, column = (v.flatten() for v in torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij"))
     table = torch.cat([sincos(width // 2, column), sincos(width // 2, row)], 1).float()
     return torch.cat([table.new_zeros(prefix, width), table])[None]
+
+
+def sincos_pairs(width: int, length: int) -> Tensor:
+    """[length, width]: column 2i is sin, 2i + 1 cos of place / 10000^(2i/width) (Vaswani et al. 2017, section 3.5), as VideoMAE lays them out."""
+    table = sincos(width, torch.arange(length)).float()
+    return torch.stack(table.chunk(2, 1), 2).flatten(1)

@@ -18,7 +18,7 @@ from polysense.systems.backbone import vit
 from polysense.systems.selfsup import mae
 
 METRIC, HIGHER_IS_BETTER = "mean squared error of hidden 8 px patches of unseen photographs of 64 px (normalised pixels), 300 steps of 64", False
-DATA = "tiny_imagenet40 (4,000 photographs of 64 px, 800 unseen); mnist (4,000 pictures without labels, 500 with, 8,000 unseen)"
+DATA = "tiny_imagenet40 (4,000 photographs of 64 px, 800 unseen); mnist (4,000 pictures without labels, 500 with, 2,000 unseen)"
 
 
 def small(steps: int) -> Preset:

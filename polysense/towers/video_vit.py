@@ -1,0 +1,73 @@
+"""ViT over clips. Shapes: B batch, F frames, T tokens of the grid (t, h, w), time first, K visible ones, D width."""
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from polysense.base.errors import UserError
+from polysense.base.spec import Spec
+from polysense.nn.masking import take
+from polysense.nn.patch import patchify
+from polysense.nn.position import sincos_pairs
+from polysense.nn.transformer import Transformer
+from polysense.towers.encoded import Encoded, Tower
+
+
+class VideoViT(Tower):
+    """Cubes of `tubelet` frames and `patch` x `patch` pixels are the tokens of one transformer: joint attention over space and time (Tong et al.
+    2022, VideoMAE; Arnab et al. 2021, ViViT model 1). No class token; fixed positions, sines and cosines of the cube's number."""
+
+    position: Tensor
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Spec):
+        image_size: int
+        frames: int
+        patch: int
+        body: Transformer.Config
+        tubelet: int = 2
+        channels: int = 3
+
+        @property
+        def width(self) -> int:
+            return self.body.width
+
+    def __init__(self, c: Config):
+        super().__init__()
+        if c.image_size % c.patch or c.frames % c.tubelet:
+            raise UserError(f"{c.frames} frames of {c.image_size} pixels do not divide into cubes of {c.tubelet}x{c.patch}x{c.patch}",
+                            "choose multiples")
+        side = c.image_size // c.patch
+        self.grid, self.width = (c.frames // c.tubelet, side, side), c.width
+        self.frames, self.image_size = c.frames, c.image_size
+        self.patch = nn.Conv3d(c.channels, c.width, (c.tubelet, c.patch, c.patch), (c.tubelet, c.patch, c.patch))
+        nn.init.xavier_uniform_(self.patch.weight.flatten(1))
+        assert self.patch.bias is not None
+        nn.init.zeros_(self.patch.bias)
+        self.register_buffer("position", sincos_pairs(c.width, self.grid[0] * side * side)[None], persistent=False)
+        self.body = c.body.build()
+
+    def grid_of(self, video: Tensor) -> tuple[int, int, int]:
+        """video [B,F,C,H,W] -> the grid of cubes (t, h, w). Raises UserError for clips of another size than this tower reads."""
+        channels, size = self.patch.in_channels, self.image_size
+        if video.ndim != 5 or not video.is_floating_point() or video.shape[2] != channels:
+            raise UserError(f"a video tensor of shape {list(video.shape)} and type {video.dtype}", f"this tower reads float [B,F,{channels},H,W]")
+        if tuple(video.shape[1:2] + video.shape[3:]) != (self.frames, size, size):
+            raise UserError(f"clips of {video.shape[1]} frames of {video.shape[3]}x{video.shape[4]} pixels",
+                            f"this tower reads {self.frames} frames of {size}x{size}")
+        return self.grid
+
+    def embed(self, video: Tensor, keep: Tensor | None = None) -> Tensor:
+        """video [B,F,C,H,W], keep [B,K] numbers of the cubes that stay -> tokens before the blocks [B,T,D]; only these are embedded."""
+        self.grid_of(video)
+        cubes = patchify(video, self.patch.kernel_size[1], self.patch.kernel_size[0])
+        place = self.position.expand(len(video), -1, -1)
+        if keep is not None:
+            cubes, place = take(cubes, keep), take(place, keep)
+        weight = self.patch.weight.permute(0, 2, 3, 4, 1).flatten(1)               # the values of a cube lie in the order time, row, column, channel
+        return F.linear(cubes, weight, self.patch.bias) + place
+
+    def forward(self, video: Tensor, keep: Tensor | None = None) -> Encoded:
+        """video [B,F,C,H,W] -> tokens [B,T,D] (normed) and pooled [B,D], their mean. keep [B,K]: only these cubes are read."""
+        x = self.body(self.embed(video, keep))
+        return Encoded(tokens=x, pooled=x.mean(1))
