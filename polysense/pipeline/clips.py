@@ -50,13 +50,15 @@ class Clips:
             raise UserError(f"these videos have {', '.join(str(len(m)) for m in made[:6])} frames", "read them one at a time")
         return torch.stack(made).to(self.device)
 
-    def read_audios(self, audios: Sequence[Any]) -> Tensor:
-        """Paths, bytes or float arrays [S] (at the feed's rate) -> [B,S] on the device, resampled and cut as the feed says, silence behind
-        shorter ones."""
+    def read_audios(self, audios: Sequence[Any], rate: int | None = None) -> Tensor:
+        """Paths, bytes or float arrays [S] (at `rate`, by default the feed's) -> [B,S] on the device, resampled and cut as the feed says,
+        silence behind shorter ones."""
         plan = self.preset.feed.audio
         if plan is None:
             raise UserError("this system does not read sounds", "its feed has no audio plan")
-        made = [torch.from_numpy(clips.cut(clips.read_sound(a, plan.rate), clips.samples_of(plan, False))) for a in audios]
+        waves = [clips.resampled(w, rate, plan.rate) if rate and isinstance(a, np.ndarray) else w
+                 for a in audios for w in [clips.read_sound(a, plan.rate)]]
+        made = [torch.from_numpy(clips.cut(w, clips.samples_of(plan, False))) for w in waves]
         return torch.nn.utils.rnn.pad_sequence(made, batch_first=True).to(self.device)
 
     def encode_video_parts(self, video: Any) -> np.ndarray:

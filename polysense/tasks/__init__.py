@@ -32,6 +32,8 @@ EXAMS: dict[str, Exam] = {e.name: e for e in (
          "classify pictures by the names of their classes, written into prompt templates"),
     Exam("retrieval", "polysense.tasks.retrieval", ("encode_image", "encode_text"), ("image", "text"), "",
          "find the captions of a picture among all captions, and the picture of a caption among all pictures"),
+    Exam("sound_zero_shot", "polysense.tasks.sound_zero_shot", ("encode_audio", "encode_text"), ("audio", "label"), "",
+         "classify sounds by the names of their classes, written into prompt templates"),
     Exam("video_retrieval", "polysense.tasks.video_retrieval", ("encode_video", "encode_text"), ("video", "text"), "",
          "find the video of a caption among all videos, and the captions of a video among all captions"),
     Exam("views", "polysense.tasks.views", ("render_view",), ("origin", "direction", "rgb"), "",

@@ -88,6 +88,35 @@ def encode_all_images(subject: Any, source: Any, progress: Progress | None = Non
     return Features(source.name, tuple(source.offers), tuple(source.classes), torch.cat(rows), np.array(labels, np.int64), captions, skipped)
 
 
+def encode_each(subject: Any, source: Any, key: str, encode: Callable[[Any], Tensor], progress: Progress | None = None) -> Features:
+    """Unit features [n,K,D] of the videos or sounds of a source, `encode(sample[key]) -> [K,D]`, one at a time as they differ in length; one of
+    fewer vectors repeats its last. Labels, captions and `skipped` as in `encode_all_images`, and the same errors.
+    """
+    if isinstance(source, Features):
+        return source
+    rows: list[Tensor] = []
+    labels: list[int] = []
+    captions: list[list[str]] = []
+    skipped: list[tuple[str, str]] = []
+    with frozen(subject.system):
+        for i in range(len(source)):
+            try:
+                sample = source[i]
+            except BadSample as bad:
+                skipped.append((bad.id, bad.reason))
+                continue
+            rows.append(finite(encode(sample[key]), f"encode_{key}"))
+            labels.append(int(sample.get("label", -1)))
+            captions.append([c for c in sample.get("captions", ()) if c.strip()])
+            if progress:
+                progress(i + 1, len(source))
+    if not rows:
+        raise UserError(f"no {key} of {source.name!r} can be read", skipped[0][1] if skipped else "it is empty")
+    most = max(len(r) for r in rows)                     # a vector more of the same changes no maximum
+    padded = torch.stack([torch.cat([r, r[-1:].expand(most - len(r), -1)]) for r in rows])
+    return Features(source.name, tuple(source.offers), tuple(source.classes), padded, np.array(labels, np.int64), captions, skipped)
+
+
 def encode_all_texts(subject: Any, texts: Sequence[str], progress: Progress | None = None, *, batch_size: int = 256) -> Tensor:
     """Unit features [n,D] float32 of strings, on the CPU; a text that occurs several times is encoded once, so that it ties with itself."""
     place = {text: i for i, text in enumerate(dict.fromkeys(texts))}

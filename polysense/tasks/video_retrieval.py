@@ -5,15 +5,10 @@ Each caption is a query of its own; from video to text the best placed of a vide
 """
 from typing import Any
 
-import numpy as np
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from polysense.base.errors import UserError
 from polysense.base.protocols import fulfils
-from polysense.data.sources import BadSample
-from polysense.tasks.encode import Features, Progress, finite, frozen
+from polysense.tasks.encode import Features, Progress, encode_each
 from polysense.tasks.result import Result
 from polysense.tasks.retrieval import examined
 
@@ -24,30 +19,11 @@ def run(subject: Any, test: Any, *, seed: int = 0, progress: Progress | None = N
 
 
 def encode_all_videos(subject: Any, source: Any, progress: Progress | None = None) -> Features:
-    """Unit features [n,K,D] of every readable video of a source, one video at a time, and its captions; unreadable ones are in `skipped`.
-
-    Raises UserError where no video can be read or the system returns numbers that are not finite.
-    """
-    if isinstance(source, Features):
-        return source
-    rows: list[Tensor] = []
-    captions: list[list[str]] = []
-    skipped: list[tuple[str, str]] = []
+    """Unit features [n,K,D] of every readable video of a source: see `encode_each`."""
     several = fulfils(subject.system, "encode_video_parts")
-    with frozen(subject.system):
-        for i in range(len(source)):
-            try:
-                sample = source[i]
-            except BadSample as bad:
-                skipped.append((bad.id, bad.reason))
-                continue
-            video = subject.read_videos([sample["video"]])
-            rows.append(finite(subject.system.encode_video_parts(video)[0] if several else subject.system.encode_video(video), "encode_video"))
-            captions.append([c for c in sample.get("captions", ()) if c.strip()])
-            if progress:
-                progress(i + 1, len(source))
-    if not rows:
-        raise UserError(f"no video of {source.name!r} can be read", skipped[0][1] if skipped else "it is empty")
-    most = max(len(r) for r in rows)                     # a vector more of the same changes no maximum
-    padded = torch.stack([F.pad(r.T[None], (0, most - len(r)), mode="replicate")[0].T for r in rows])
-    return Features(source.name, tuple(source.offers), tuple(source.classes), padded, np.full(len(rows), -1, np.int64), captions, skipped)
+
+    def encode(video: Any) -> Tensor:
+        read = subject.read_videos([video])
+        return subject.system.encode_video_parts(read)[0] if several else subject.system.encode_video(read)
+
+    return encode_each(subject, source, "video", encode, progress)

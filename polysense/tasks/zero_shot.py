@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from polysense.base.errors import UserError
-from polysense.tasks.encode import Progress, class_names, encode_all_images, encode_all_texts, name_of
+from polysense.tasks.encode import Features, Progress, class_names, encode_all_images, encode_all_texts, name_of
 from polysense.tasks.result import Result, classification
 from polysense.tasks.templates import TEMPLATES
 
@@ -18,7 +18,12 @@ def run(subject: Any, test: Any, *, templates: str | Sequence[str] = "default", 
     `templates`: a set of templates.TEMPLATES by name, one template, or several; `names`: what the classes are called (None: the
     names in the data, underscores as spaces).
     """
-    chosen, seen = templates_of(templates), encode_all_images(subject, test, progress, batch_size=batch_size)
+    return judged("zero_shot", subject, encode_all_images(subject, test, progress, batch_size=batch_size), templates, names, seed)
+
+
+def judged(exam: str, subject: Any, seen: Features, templates: str | Sequence[str], names: Sequence[str] | None, seed: int) -> Result:
+    """The exam of features [n,D] that are there."""
+    chosen = templates_of(templates)
     features, label = seen.labelled()
     said = class_names(seen) if names is None else tuple(names)
     if names is None and not seen.classes:
@@ -27,7 +32,7 @@ def run(subject: Any, test: Any, *, templates: str | Sequence[str] = "default", 
         raise UserError(f"{len(said)} names were given", f"{seen.name!r} has labels up to {label.max()}")
     classifier = zero_shot_classifier(subject, [s.replace("_", " ") for s in said], chosen)
     notes = {**seen.notes(), "templates": len(chosen), "first_template": chosen[0]}
-    return classification("zero_shot", name_of(subject), seen.name, (features @ classifier.T).numpy(), label, said, seed=seed, notes=notes)
+    return classification(exam, name_of(subject), seen.name, (features @ classifier.T).numpy(), label, said, seed=seed, notes=notes)
 
 
 def zero_shot_classifier(subject: Any, names: Sequence[str], templates: Sequence[str]) -> Tensor:
