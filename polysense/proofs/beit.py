@@ -24,6 +24,10 @@ def quick(preset: Preset, steps: int, batch_size: int = 32) -> Preset:
     return preset.but(**{"stages.0.steps": steps, "stages.0.batch_size": batch_size, "stages.0.optim.warmup": steps // 10})
 
 
+def smaller(preset: Preset, tower: str) -> Preset:
+    return preset.but(**{f"config.{tower}.body.width": 64, f"config.{tower}.body.depth": 3, f"config.{tower}.body.heads": 2})
+
+
 def nearest_visible(ids: Tensor, mask: Tensor, side: int) -> Tensor:
     """ids, mask [B,N] -> [B,N]: at every place the code of the visible patch that lies nearest (of several the first)."""
     place = torch.cartesian_prod(torch.arange(side), torch.arange(side)).float()
@@ -31,10 +35,10 @@ def nearest_visible(ids: Tensor, mask: Tensor, side: int) -> Tensor:
     return ids.gather(1, distance.argmin(-1))
 
 
-def compare(seed: int, train, test, labelled, exam, steps: int = 250) -> Outcome:
+def compare(seed: int, train, test, labelled, exam, steps: int = 300) -> Outcome:
     codec = train_arm("vq_vae", quick(vq_vae.small(), 400, 16), train, needs=("image",), seed=seed).subject
     common = int(code_counts(codec, train).argmax())
-    plan = quick(beit.tiny(), steps)
+    plan = smaller(quick(beit.tiny(), steps), "encoder")
 
     def stand(system: System) -> None:
         carry(plan.starts[0], codec, system)  # type: ignore[arg-type]
@@ -54,7 +58,7 @@ def compare(seed: int, train, test, labelled, exam, steps: int = 250) -> Outcome
     few = few_of_each(labelled, 50, seed)
     control = {}
     for name in ("pre-trained", "from scratch"):
-        fine = quick(beit.tiny_finetune(), 100).but(**{"config.head.out": 10})
+        fine = smaller(quick(beit.tiny_finetune(), 60), "backbone").but(**{"config.head.into": 64, "config.head.out": 10})
 
         def start(system: System, fine: Preset = fine, name: str = name) -> None:
             if name == "pre-trained":

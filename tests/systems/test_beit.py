@@ -168,7 +168,7 @@ def test_positions_are_known_through_the_biases_alone(beit, image):
 
 def test_biases_scales_and_first_weights_are_the_papers():
     torch.manual_seed(0)
-    body = preset_of("beit").config.encoder.body.but(depth=3).build()
+    body = preset_of("beit", "paper").config.encoder.body.but(width=96, heads=3, depth=3).build()
     attn = body.blocks[0].attn
     assert attn.q.bias is not None and attn.v.bias is not None and attn.k.bias is None
     assert body.blocks[0].scale1.unique().tolist() == pytest.approx([0.1])
