@@ -29,6 +29,8 @@ def fake_batch(preset: Preset, keys: tuple[str, ...], n: int = 4, seed: int = 0)
         elif key in ("text", "question", "answer"):
             text = torch.randint(5, 60, (n, 8), generator=g)
             text[:, 0], text[:, -1] = 1, 2
+            if getattr(feed.text, "new", ()):            # every text has the new words
+                text[:, 1] = feed.text.vocab
             made[key] = text
         elif key == "images":
             made[key] = torch.randn(n, feed.text.shots, 3, feed.image.size, feed.image.size, generator=g)
@@ -44,7 +46,7 @@ def fake_batch(preset: Preset, keys: tuple[str, ...], n: int = 4, seed: int = 0)
             made[key] = torch.ones(n, 8, dtype=torch.bool)
         elif key == "label":
             made[key] = torch.arange(n) % CLASSES
-        elif key in ("boxes", "box_label", "mask"):
+        elif key in ("boxes", "box_label", "mask", "polygon", "keypoints"):
             made[key] = objects(preset, n)[key]
         elif key in ("origin", "rgb"):
             made[key] = torch.rand(n, 3, generator=g)
@@ -65,7 +67,11 @@ def objects(preset: Preset, n: int) -> Batch:
     boxes[-1, 1], label[-1, 1] = -1, -1
     at = (torch.arange(size) + 0.5) / size
     inside = (at > boxes[..., :2, None]) & (at < boxes[..., 2:, None])                     # [n,2,xy,size]
-    return {"boxes": boxes, "box_label": label, "mask": inside[:, :, 1, :, None] & inside[:, :, 0, None]}
+    edge = torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]]).repeat_interleave(32, 0)   # 128 points, on the corners
+    polygon = boxes[:, :, None, :2] + edge * (boxes[:, :, None, 2:] - boxes[:, :, None, :2])
+    keypoints = torch.cat([polygon[:, :, ::26], torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0]).view(5, 1).expand(n, 2, 5, 1)], -1)
+    keypoints[-1, 1] = -1
+    return {"boxes": boxes, "box_label": label, "mask": inside[:, :, 1, :, None] & inside[:, :, 0, None], "polygon": polygon, "keypoints": keypoints}
 
 
 def audio_samples(preset: Preset) -> int:

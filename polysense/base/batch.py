@@ -36,6 +36,8 @@ VOCABULARY: dict[str, Key] = {
     "boxes": Key("B N 4", "float", "boxes as x0 y0 x1 y1 in [0, 1]; rows of -1 are padding"),
     "box_label": Key("B N", "int", "class of each box; -1 is padding"),
     "mask": Key("B N H W", "bool", "one mask an object"),
+    "polygon": Key("B N P 2", "float", "outline of each mask's largest piece, x y in [0, 1], clockwise; -1 is padding"),
+    "keypoints": Key("B N K 3", "float", "places of each object's parts, x y in [0, 1] and 1 where seen, 0 where hidden; -1 is padding"),
     "depth": Key("B 1 H W", "float", "distance, 0 near to 1 far"),
     "hint": Key("B C H W", "float", "spatial condition: edges, depth, segments"),
     "edited": Key("B 3 H W", "float", "`image` after the instruction in `text`"),

@@ -22,10 +22,12 @@ from polysense.base.errors import UserError
 from polysense.base.plan import ChatPlan, CropFeed, EpisodePlan, Feed, ImagePlan, VideoPlan, ViewPlan
 from polysense.data import clips, images, views
 from polysense.data.chat import Chat, episodes
+from polysense.data.outline import outlines
 from polysense.data.sources import BadSample, Sample, Source, name_of
 
 LEFT = 0.1                                              # share of a box that a crop must leave for it to count as in view
-PIXELS = ("image", "images", "views", "crops", "mask", "depth", "hint", "edited", "boxes", "box_label")     # keys made through a picture's geometry
+# keys made through a picture's geometry
+PIXELS = ("image", "images", "views", "crops", "mask", "depth", "hint", "edited", "boxes", "box_label", "polygon", "keypoints")
 TALK = {"chat", "chat_reply", "brief", "brief_reply"}   # conversations: made of questions and captions as a ChatPlan says
 EPISODE = {"episode", "images"}                         # several samples in one: as an EpisodePlan says
 MADE_OF = {"crops": "views", "chat": "question", "chat_reply": "question", "brief": "text", "brief_reply": "text", "episode": "text",
@@ -52,7 +54,7 @@ def makeable(feed: Feed, train: bool) -> set[str]:
     """The batch keys that a feed says how to make."""
     picture = (feed.image or (feed.train_image if train else None)) is not None
     texts = {"text", "text_mask", "question", "answer"} | (TALK if isinstance(feed.text, ChatPlan) else set())
-    geometry, moving = {"image", "boxes", "box_label", "mask", "depth", "hint", "edited"}, {"video", "video_mask"}
+    geometry, moving = {"image", "boxes", "box_label", "polygon", "keypoints", "mask", "depth", "hint", "edited"}, {"video", "video_mask"}
     return ({k for k in VOCABULARY if k not in TALK | EPISODE | texts | geometry | moving | {"views", "crops"}} | (geometry if picture else set())
             | (moving if picture or (feed.video and feed.video.image) else set()) | (texts if feed.text else set())
             | (EPISODE if picture and isinstance(feed.text, EpisodePlan) else set())
@@ -123,7 +125,8 @@ class Maker:
 
     def _reads(self) -> tuple[str, ...]:
         """Which decoded keys of a sample the batch keys ask for."""
-        reads = [k for k in ("edited", "hint", "depth", "mask", "audio", "video") if k in self.keys or (k == "video" and "video_mask" in self.keys)]
+        reads = [k for k in ("edited", "hint", "depth", "mask", "audio", "video") if k in self.keys or (k == "video" and "video_mask" in self.keys)
+                 or (k == "mask" and "polygon" in self.keys)]
         return (*(["image"] if any(k in self.keys for k in PIXELS) else []), *reads)
 
     def bytes_a_sample(self) -> int:
@@ -346,6 +349,10 @@ class Maker:
             first += len(plans)
         if "boxes" in self.keys or "box_label" in self.keys:
             batch["boxes"], batch["box_label"] = _framed(abouts, frame, mirror)
+        if "polygon" in self.keys:
+            batch["polygon"] = torch.from_numpy(outlines(batch["mask"].numpy()))
+        if "keypoints" in self.keys:
+            batch["keypoints"] = _placed(abouts, frame, mirror)
 
     def _companion(self, key: str, plan: ViewPlan, drawn: views.Draw, held: list[np.ndarray], boxes: Tensor, sizes: Tensor, mirror: Tensor,
                    normal: ImagePlan) -> Tensor:
@@ -452,6 +459,15 @@ def _framed(abouts: list[Sample], frame: Tensor, mirror: Tensor) -> tuple[Tensor
     area = lambda b: (b[..., 2] - b[..., 0]).clamp(min=0) * (b[..., 3] - b[..., 1]).clamp(min=0)
     real &= (area(seen) >= LEFT * area(moved)) & (area(seen) > 0)
     return torch.where(real[..., None], seen, -1.0), torch.where(real, kinds, -1)
+
+
+def _placed(abouts: list[Sample], frame: Tensor, mirror: Tensor) -> Tensor:
+    """Key points [B,N,K,3] as they lie in the kept frame [B,4] of each picture; those that the crop cut away are hidden."""
+    points = _padded([torch.as_tensor(np.asarray(a["keypoints"], np.float32)) for a in abouts], -1.0)
+    place = (points[..., :2] - frame[:, None, None, :2]) / (frame[:, None, None, 2:] - frame[:, None, None, :2])
+    place = torch.where(mirror[:, None, None, None], torch.stack([1 - place[..., 0], place[..., 1]], -1), place)
+    seen = (points[..., 2] > 0) & ((place >= 0) & (place <= 1)).all(-1)
+    return torch.where((points[..., 2:] >= 0), torch.cat([place.clamp(0, 1), seen[..., None].float()], -1), -1.0)
 
 
 def recent_names(recent: deque[Made], source: Any, index: Tensor) -> list[str]:

@@ -38,6 +38,8 @@ EXAMS: dict[str, Exam] = {e.name: e for e in (
          "find the video of a caption among all videos, and the captions of a video among all captions"),
     Exam("views", "polysense.tasks.views", ("render_view",), ("origin", "direction", "rgb"), "",
          "render views that were not trained on: PSNR, SSIM, and the error of distances where they are known"),
+    Exam("detection", "polysense.tasks.detection", ("detect",), ("image", "boxes", "box_label"), "",
+         "find things with their classes: average precision at an overlap of one half"),
     Exam("clicks", "polysense.tasks.segmentation", ("segment",), ("image", "mask"), "",
          "outline things from 1, 3 and 5 simulated clicks, by overlap with the true mask"),
     Exam("linear_probe", "polysense.tasks.linear_probe", ("encode_image",), ("image", "label"), "logistic regression",

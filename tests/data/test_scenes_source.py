@@ -43,7 +43,8 @@ def test_seeds_splits_and_indices_are_different_streams():
 @pytest.mark.parametrize("spec", SPECS)
 def test_offers_are_the_keys_produced(spec: str):
     source = scenes_source(spec)
-    named = {"captions": {"text", "text_mask"}, "qa": {"question", "answer"}, "image": {"image", "views"}, "id": {"index"}}
+    named = {"captions": {"text", "text_mask"}, "qa": {"question", "answer"}, "image": {"image", "views"}, "id": {"index"},
+             "mask": {"mask", "polygon"}, "video": {"video", "video_mask"}}
     extra = {"instruction", "before", "after"} if "edits" in spec else set()
     for i in range(3):
         keys = set(source[i])

@@ -43,7 +43,7 @@ class Variant:
     defaults: dict[str, object]
 
 
-_STILL = ("image", "text", "label", "boxes", "box_label", "mask")
+_STILL = ("image", "text", "label", "boxes", "box_label", "mask", "keypoints")
 _ONE: dict[str, object] = {"objects": (1, 1), "digits": 0.0}
 VARIANTS: dict[str, Variant] = {
     "": Variant("drawn scenes of shapes and digits: pictures, words, boxes, masks, questions, hints",

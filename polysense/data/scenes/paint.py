@@ -140,6 +140,18 @@ def boxes_of(masks: np.ndarray) -> np.ndarray:
     return np.stack([ends[0], ends[2], ends[1], ends[3]], 1).astype(np.float32).reshape(n, 4)
 
 
+def keypoints_of(picture: Picture) -> np.ndarray:
+    """Five places of every thing, float32 [N,5,3] (x y in [0,1], and 1 where it is the thing that is seen there): its middle, then half a radius
+    towards its own top, right, bottom and left."""
+    top, out = picture.top(), np.zeros((len(picture.scene.things), 5, 3), np.float32)
+    for i, t in enumerate(picture.scene.things):
+        turn, far = t.angle + np.array([0, -1, 0, 1, 2]) * np.pi / 2, 0.5 * t.r * np.array([0, 1, 1, 1, 1])
+        x, y = t.x + far * np.cos(turn), t.y + far * np.sin(turn)
+        column, row = ((v * picture.size).astype(int).clip(0, picture.size - 1) for v in (x, y))
+        out[i] = np.stack([x, y, (top[row, column] == i) & (x >= 0) & (x < 1) & (y >= 0) & (y < 1)], 1)
+    return out
+
+
 def _window(x: float, y: float, reach: float, size: int) -> Window:
     def span(at: float) -> slice:
         return slice(max(0, int((at - reach) * size) - 1), max(0, min(size, int((at + reach) * size) + 2)))

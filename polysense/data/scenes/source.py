@@ -7,7 +7,7 @@ import numpy as np
 from polysense.base.errors import UserError
 from polysense.data.scenes import ask, edit, motion, nest, say, sound
 from polysense.data.scenes.options import VARIANTS, Options, read_options
-from polysense.data.scenes.paint import Picture, boxes_of, paint
+from polysense.data.scenes.paint import Picture, boxes_of, keypoints_of, paint
 from polysense.data.scenes.palette import DIGITS, THINGS
 from polysense.data.scenes.world import SPLITS, Scene, World
 from polysense.data.sources import Sample, Source, offered
@@ -115,6 +115,7 @@ class ScenesSource(Source):
         if "boxes" in self.offers:
             picture = self.picture(i)
             out["boxes"] = boxes_of(self._masks(i))
+            out["keypoints"] = keypoints_of(picture)
             out["box_label"] = np.array([THINGS.index(t.shape) for t in picture.scene.things], np.int64)
         if "question" in self.offers:
             out["qa"] = ask.questions(self.scene(i), self.world, self.stream(i, _QUESTIONS))
