@@ -29,7 +29,7 @@ from polysense.train.starts import carry
 METRIC, HIGHER_IS_BETTER = "accuracy of spoken digits classified by text prompts (10 classes)", True
 DATA = "fsdd (2,250 recordings to learn, 100 for the test) paired with pictures of mnist; CLIP on 5,000 pictures of mnist with sentences"
 RATE, SECONDS, SIZE = 8000, 0.6, 28
-CLIP_STEPS, STEPS = 200, 450
+CLIP_STEPS, STEPS = 200, 400
 
 
 class Told(ListSource):
