@@ -1,6 +1,6 @@
 """Asking a photo index, seeing why, and showing the answer.
 
-`search(index, pipeline, query, k=10, why=True, out=None) -> list[Hit]`, `contact_sheet(hits, query="") -> PIL.Image`,
+`search(index, pipeline, query, k=10, why=True, rerank=0, out=None) -> list[Hit]`, `contact_sheet(hits, query="") -> PIL.Image`,
 `write_results(hits, path, query="") -> Path` (`.html` or a picture format).
 """
 import base64
@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from polysense.app.files import place
-from polysense.app.photos import PhotoIndex
+from polysense.app.photos import Found, PhotoIndex
 from polysense.base.errors import UserError
 from polysense.data.images import ENDINGS, decode
 from polysense.pipeline import Explanation, overlay
@@ -44,11 +44,13 @@ def is_picture(query: Any) -> bool:
     return query.startswith(("http://", "https://")) or (os.path.splitext(query)[1].lower() in ENDINGS and os.path.isfile(query))
 
 
-def search(index: PhotoIndex, pipeline: Any, query: Any, k: int = 10, *, why: bool = True, out: str | Path | None = None) -> list[Hit]:
+def search(index: PhotoIndex, pipeline: Any, query: Any, k: int = 10, *, why: bool = True, rerank: int = 0,
+           out: str | Path | None = None) -> list[Hit]:
     """The k pictures that fit a text or a picture best.
 
-    `why` draws heat-maps where the system can encode patches; with `out` their overlays are written there as PNG files. UserError where
-    the index was made by another model, the query is empty, or the system lacks a tower that the query needs.
+    `why` draws heat-maps where the system can encode patches or ground a text; with `out` their overlays are written there as PNG files.
+    `rerank`: so many of the best by cosine are judged once more by a system that reads text and picture together; their scores are then its
+    probabilities. UserError where the index was made by another model, the query is empty, or the system cannot do what is asked.
     """
     index.check(pipeline)
     pictured = is_picture(query)
@@ -56,9 +58,14 @@ def search(index: PhotoIndex, pipeline: Any, query: Any, k: int = 10, *, why: bo
         raise UserError("the query is empty", "say what to look for, or give a picture")
     asked: Any = decode(query) if pictured else query
     vector = pipeline.encode(images=[asked])[0] if pictured else pipeline.encode(texts=[asked])[0]
-    able = why and pipeline.can("encode_patches") and pipeline.can("encode_text")
+    able = why and ((pipeline.can("encode_patches") and pipeline.can("encode_text")) or (pipeline.can("ground_text") and not pictured))
+    found_first = index.search(vector, max(k, rerank))
+    if rerank:
+        if pictured:
+            raise UserError("a picture cannot be looked for twice", "--rerank is for queries in words")
+        found_first = looked_again(pipeline, found_first[:rerank], query) + found_first[rerank:]
     hits = []
-    for rank, found in enumerate(index.search(vector, k), 1):
+    for rank, found in enumerate(found_first[:k], 1):
         reason = explain(pipeline, found.path, vector if pictured else query) if able else None
         file = None
         if reason and out:
@@ -69,9 +76,24 @@ def search(index: PhotoIndex, pipeline: Any, query: Any, k: int = 10, *, why: bo
     return hits
 
 
+def looked_again(pipeline: Any, found: Sequence[Found], query: str) -> list[Found]:
+    """The same pictures, likeliest first, with the probability that the text belongs to them; those that have gone since come last, with 0."""
+    chance = []
+    for one in found:
+        try:
+            chance.append(float(pipeline.match([one.path], [query])[0, 0]))
+        except UserError:
+            if not isinstance(_thumbnail(one.path, 8), str):
+                raise
+            chance.append(0.0)
+    return sorted((Found(one.path, p) for one, p in zip(found, chance, strict=True)), key=lambda f: -f.score)
+
+
 def explain(pipeline: Any, path: str, query: str | np.ndarray) -> Explanation | None:
     """Heat-maps of one picture, or None where the file has gone or cannot be read since it was indexed."""
     try:
+        if not pipeline.can("encode_patches") and isinstance(query, str):
+            return pipeline.ground(path, query)
         return pipeline.explain(path, query)
     except UserError:
         if os.path.exists(path) and not isinstance(_thumbnail(path, 8), str):

@@ -56,6 +56,8 @@ def search(query: Annotated[str | None, typer.Argument(metavar="QUERY", help="Wh
            index: Annotated[Path, typer.Option(metavar="DIR", help="An index, or the folder of pictures that it was made of.")] = Path("."),
            image: Annotated[str | None, typer.Option(metavar="FILE", help="Look for pictures like this one instead.")] = None,
            count: Annotated[int, typer.Option("-k", "--count", metavar="N", min=1, help="How many pictures.")] = 10,
+           rerank: Annotated[int, typer.Option(metavar="N", min=0, help="Look at the N best once more, with a system that reads words and picture "
+                                               "together.")] = 0,
            why: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the answer with heat-maps of what matched: .png .jpg .html")] = None,
            model: Annotated[str | None, typer.Option("-m", "--model", metavar="RUN", help="The model, if it has moved since indexing.")] = None,
            system: System = None, layout: Layout = None, device: Device = None, as_json: Json = False) -> None:
@@ -66,6 +68,7 @@ def search(query: Annotated[str | None, typer.Argument(metavar="QUERY", help="Wh
       polysense search "two dogs on grass" --index ~/photos
       polysense search "a red dress" --index ~/photos -k 20 --why answer.html
       polysense search --image holiday.jpg --index ~/photos --json
+      polysense search "a red circle left of a square" --index ~/photos --rerank 32
     """
     from polysense.cli.out import json_out, note, say, table
 
@@ -86,7 +89,7 @@ def search(query: Annotated[str | None, typer.Argument(metavar="QUERY", help="Wh
             raise UserError(f"the model {name!r} that made this index is not there", "say where it is with -m")
         pipeline = _open(name, system, layout, device)
         asked = query if image is None else image if "://" in image else Path(image)
-        hits = ask(opened, pipeline, asked, count, why=why is not None)
+        hits = ask(opened, pipeline, asked, count, why=why is not None, rerank=rerank)
     if why:
         note(f"wrote {write_results(hits, why, query or str(image))}")
     if as_json:

@@ -51,7 +51,7 @@ def test_why_shows_the_half_that_matched(asked, tmp_path):
 
 def test_a_system_without_patches_still_searches(asked):
     index, eye, _ = asked
-    eye.can = lambda capability: capability != "encode_patches"
+    eye.can = lambda capability: capability not in ("encode_patches", "ground_text")
     assert search(index, eye, "red", 1)[0].why is None
 
 

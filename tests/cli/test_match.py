@@ -37,6 +37,26 @@ def test_retrieval_with_a_second_look(place, capsys):
     assert told["notes"]["rerank"] == 3 and 0 <= told["metrics"]["text_to_image_r5"]["value"] <= 1
 
 
+def test_search_looks_at_the_best_again(place, capsys):
+    photos = place / "photos"
+    photos.mkdir()
+    for i, colour in enumerate(("red", "green", "blue", "white")):
+        Image.new("RGB", (70, 60 + i), colour).save(photos / f"{colour}.png")
+    assert main(["index", str(photos), "-m", str(place / "albef")]) == 0
+    (photos / "green.png").unlink()
+    capsys.readouterr()
+    ask = ["search", "a red circle", "--index", str(photos), "--json"]
+    assert main([*ask, "--rerank", "4", "-k", "3", "--why", str(place / "why.html")]) == 0
+    hits = json.loads(capsys.readouterr().out)["hits"]
+    assert len(hits) == 3 and [h["score"] for h in hits] == sorted((h["score"] for h in hits), reverse=True) and all(h["score"] > 0 for h in hits)
+    for hit in hits:
+        assert main(["match", hit["path"], "a red circle", "-m", str(place / "albef"), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["texts"][0]["probability"] == pytest.approx(hit["score"], rel=1e-2)
+    assert (place / "why.html").stat().st_size > 1000
+    assert main(["search", "--image", str(photos / "red.png"), "--index", str(photos), "--rerank", "2"]) == 2
+    assert "twice" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words, says", [
     (["match", "{place}/none.png", "a dog"], "no file"), (["match", "{place}/empty.png", "a dog"], "empty.png"),
     (["match", "{place}/torn.png", "a dog"], "torn.png"), (["match", "{place}/red.png", "  "], "empty")])
