@@ -36,6 +36,7 @@ class LatentDiffusion(Denoiser):
         super().__init__(c)
         self.vae, self.unet, self.text = c.vae.build(), c.unet.build(), c.text.build()
         self.size, self.drop, self.guidance, self.pad = c.size, c.drop, c.guidance, c.pad
+        self.word: Tensor | None = None      # [N,D] embeddings of words learned later, behind the vocabulary (textual inversion)
         if c.size % (c.vae.stride * self.unet.factor) or c.unet.channels < c.vae.latents:
             raise UserError(f"pictures of {c.size} pixels, latents of {c.vae.latents} channels",
                             f"the size is a multiple of {c.vae.stride * self.unet.factor}, and the U-Net reads {c.unet.channels} channels")
@@ -63,7 +64,7 @@ class LatentDiffusion(Denoiser):
 
     def context(self, text: Tensor) -> Tensor:
         """tau(y): text [B,L] -> all states of the text tower after its last norm, [B,length,D]."""
-        return self.text(self.whole(text)).tokens
+        return self.text(self.whole(text), new=self.word).tokens
 
     def dropped(self, text: Tensor, share: float | None = None) -> Tensor:
         """text [B,L], each with chance `share` (None: the preset's) the empty caption: what guidance needs to have seen (Ho & Salimans 2022)."""

@@ -42,6 +42,17 @@ class TextPlan(Spec):
 
 
 @dataclass(frozen=True, kw_only=True)
+class WordsPlan(TextPlan):
+    """Text with words that a system learned later: each becomes so many ids behind the vocabulary (`vocab`, `vocab` + 1, ...)."""
+    new: tuple[tuple[str, int], ...]                    # (word, ids), such as (("<toy>", 1),)
+
+    @property
+    def plain(self) -> TextPlan:
+        """The same without them: what the tokenizer was trained for."""
+        return TextPlan(kind=self.kind, vocab=self.vocab, length=self.length, pad=self.pad)
+
+
+@dataclass(frozen=True, kw_only=True)
 class PromptPlan(TextPlan):
     """Text of a system that writes: how it is asked. Its tokeniser also learns the words of questions and answers."""
     pad: str = "zero"                                   # padding must not look like an end

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Engine
 from torch import Tensor
 
@@ -59,6 +59,14 @@ class Tokenizer:
         self._special = {self.start, self.end, self.pad} if plan.kind != "bpe" or plan.pad == "end" else {self.start, self.end}
         engine.post_processor = processors.TemplateProcessing(single=f"{start} $A {end}", special_tokens=[(start, self.start), (end, self.end)])
         engine.enable_truncation(plan.length)
+        self.new: dict[int, list[int]] = {}                 # id of a new word in the engine -> its ids behind the preset's vocabulary
+        at = plan.vocab
+        for word, count in getattr(plan, "new", ()):
+            if clean(word).split() != [clean(word)] or count < 1:
+                raise UserError(f"{word!r} cannot be a new word", "it has no spaces, and at least one id")
+            engine.add_tokens([AddedToken(clean(word), normalized=True)])
+            self.new[self._must(clean(word))] = list(range(at, at + count))
+            at += count
 
     def _must(self, token: str) -> int:
         found = self.engine.token_to_id(token)
@@ -73,12 +81,18 @@ class Tokenizer:
     def encode(self, texts: str | Sequence[str], trim: bool = True) -> tuple[Tensor, Tensor]:
         """Texts -> (ids int64 [B, L], mask bool [B, L], True on real tokens)."""
         rows = [e.ids for e in self.engine.encode_batch_fast([clean(t) for t in ([texts] if isinstance(texts, str) else texts)])]
+        rows = [self._spelled(r) for r in rows] if self.new else rows
         lengths = torch.tensor([len(r) for r in rows], dtype=torch.int64)
         width = self.plan.length if not trim else int(lengths.max()) if rows else 0
         mask = torch.arange(width) < lengths[:, None]
         ids = torch.full((len(rows), width), self.pad, dtype=torch.int64)
         ids[mask] = torch.tensor([i for r in rows for i in r], dtype=torch.int64)
         return ids, mask
+
+    def _spelled(self, row: list[int]) -> list[int]:
+        """A row with the ids of new words in their place, cut to the plan's length; the end stays."""
+        row = [i for r in row for i in self.new.get(r, [r])]
+        return row if len(row) <= self.plan.length else [*row[:self.plan.length - 1], row[-1]]
 
     def spans(self, text: str) -> list[tuple[int, int]]:
         """For each token of `tokenizer(text)[0]`, the (start, stop) characters of `text` it stands for; (0, 0) for start and end."""

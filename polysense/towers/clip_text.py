@@ -35,14 +35,19 @@ class ClipText(Tower):
         self.body = c.body.build()
         self.length, self.end, self.width = c.length, c.end, c.width
 
-    def forward(self, text: Tensor, short: bool = False) -> Encoded:
+    def forward(self, text: Tensor, short: bool = False, new: Tensor | None = None) -> Encoded:
         """text [B,L] ids, L <= length -> tokens [B,L,D] (normed), pooled [B,D], mask [B,L] (True up to and with the end token).
 
+        new [N,D]: embeddings of words learned later; ids from the vocabulary on are its rows (textual inversion).
         short: only `pooled` is wanted; the last block computes nothing else and tokens are [B,1,D].
         Raises UserError for a longer text. A text without the end token is read at its first position.
         """
-        check_text(text, self.length, self.embed.num_embeddings)
-        x, last = self.embed(text) + self.position[:, :text.shape[1]], self.last(text)
+        vocab = self.embed.num_embeddings
+        check_text(text, self.length, vocab + (0 if new is None else len(new)))
+        x, last = self.embed(text if new is None else text.clamp(max=vocab - 1)), self.last(text)
+        if new is not None:
+            x = torch.where((text >= vocab)[..., None], new[(text - vocab).clamp(min=0)].to(x.dtype), x)
+        x = x + self.position[:, :text.shape[1]]
         if short:
             x = self.body(x, causal=True, at=last)
             return Encoded(tokens=x, pooled=x[:, 0])
@@ -56,4 +61,5 @@ class ClipText(Tower):
 
     def last(self, text: Tensor) -> Tensor:
         """text [B,L] -> position of the end token [B]."""
+        text = text * (text < self.embed.num_embeddings)       # words learned later are no end, however large their ids
         return text.argmax(1) if self.end is None else (text == self.end).int().argmax(1)

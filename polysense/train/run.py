@@ -158,7 +158,8 @@ class Sitting:
     def prepare(self, feeding: Feeding, bases: list[Run]) -> None:
         """Builds the system from the seed, with the weights of its starts, and opens the data; finds the checkpoint to go on from."""
         self.feeding = feeding
-        lent = next((r.tokenizer for r in bases if r.tokenizer is not None and r.preset.feed.text == self.preset.feed.text), None)
+        mine = getattr(self.preset.feed.text, "plain", self.preset.feed.text)
+        lent = next((r.tokenizer for r in bases if r.tokenizer is not None and r.preset.feed.text == mine), None)
         self.world.leading(lambda: feeding.open(self.folder.keep_tokenizer, lent))
         if not self.world.first:
             feeding.open(self.folder.keep_tokenizer, lent)
