@@ -71,9 +71,9 @@ def agent(id: Annotated[str, typer.Argument(metavar="ID", help="The agent, such 
 
 
 def pictures(photos: list[Path], folder: Path, frames: int) -> list[str]:
-    """Paths of pictures; of a video the paths of `frames` of its frames, evenly spaced, written into `folder` and named by their place in it."""
+    """Paths of pictures; of a video the paths of `frames` of its frames, evenly spaced, written into `folder` and named by their time in it."""
     from polysense.base.plan import VideoPlan
-    from polysense.data.clips import MOVIE_ENDINGS, chosen
+    from polysense.data.clips import MOVIE_ENDINGS, chosen, decoded, frame_rate, picked
 
     out: list[str] = []
     for photo in photos:
@@ -84,8 +84,10 @@ def pictures(photos: list[Path], folder: Path, frames: int) -> list[str]:
             continue
         from PIL import Image
 
-        for i, frame in enumerate(chosen(str(photo), VideoPlan(frames=frames))):
-            place = folder / f"{photo.stem}-frame-{i + 1}-of-{frames}.png"
+        plan, rate = VideoPlan(frames=frames), frame_rate(str(photo)) or 1.0
+        at = picked(sum(1 for _ in decoded(str(photo))), plan)
+        for k, (i, frame) in enumerate(zip(at, chosen(str(photo), plan), strict=True)):
+            place = folder / f"{photo.stem}-{k + 1}-at-{i / rate:.2f}s.png"
             Image.fromarray(frame).save(place)
             out.append(str(place))
     return out

@@ -92,6 +92,17 @@ def chosen(item: Any, plan: VideoPlan, at: float = 0.5) -> Iterator[np.ndarray]:
             return
 
 
+def frame_rate(item: Any) -> float:
+    """Frames a second of a video (path or bytes); 0 where the file does not say. Needs the extra `video`."""
+    name, thing = _opened(item)
+    av = need_extra("av", "video")
+    try:
+        with av.open(thing) as movie:
+            return float(movie.streams.video[0].average_rate or 0)
+    except Exception as error:  # FFmpeg raises anything on damaged bytes
+        raise BadClip(f"cannot read the video {name!r}", f"{type(error).__name__}: {error}") from error
+
+
 def read_sound(item: Any, rate: int | None = None) -> np.ndarray:
     """A path, encoded bytes, or samples [S] -> mono float32 [S] in [-1, 1], resampled to `rate`. Needs the extra `audio` but for arrays
     (which are taken to be at `rate` already).

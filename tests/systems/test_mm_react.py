@@ -270,7 +270,7 @@ def test_bad_questions_pictures_and_words_on_the_command_line(tmp_path, capsys):
     assert "I cannot tell" in capsys.readouterr().out
 
 
-def test_a_video_becomes_frames(tmp_path):
+def test_a_video_becomes_frames_with_their_times(tmp_path):
     pytest.importorskip("av")
     import av
 
@@ -283,7 +283,8 @@ def test_a_video_becomes_frames(tmp_path):
         out.mux(stream.encode())
     (tmp_path / "f").mkdir()
     paths = pictures([tmp_path / "a.mp4"], tmp_path / "f", 3)
-    assert len(paths) == 3 and paths[1].endswith("a-frame-2-of-3.png") and all(os.path.isfile(p) for p in paths)
+    assert [os.path.basename(p) for p in paths] == ["a-1-at-0.00s.png", "a-2-at-0.40s.png", "a-3-at-0.80s.png"]
+    assert all(os.path.isfile(p) for p in paths)
 
 
 @pytest.fixture()
