@@ -2,8 +2,8 @@
 
 A small ViT is trained as CLIP's and frozen; a small language model reads captions without pictures and is frozen. BLIP-2 then runs both stages,
 the control its second stage alone with as many steps. Each writes captions of new pictures; colour and shape of what is shown count one each
-when the caption names them. The language model without a picture says what the words alone are worth. Sizes and steps were chosen on pictures of
-another seed.
+when the caption names them. The language model without a picture says what the words alone are worth. Trials were made on pictures of other
+seeds.
 """
 from functools import partial
 from typing import Any
