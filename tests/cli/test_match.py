@@ -73,3 +73,13 @@ def test_a_system_of_two_towers_says_who_can(place, capsys, tmp_path):
     assert "albef" in capsys.readouterr().err
     assert main(["exam", str(tmp_path / "clip"), "retrieval", "rerank=3", "--data", "scenes?n=8"]) == 2
     assert "match_text" in capsys.readouterr().err
+
+
+def test_questions_need_the_answer_decoder(place, capsys, tmp_path):
+    ask = ["ask", str(place / "red.png"), "what colour is the circle?", "-m"]
+    assert main([*ask, str(place / "albef")]) == 2
+    assert "no answer decoder" in capsys.readouterr().err
+    assert main(["train", "albef", "batch_size=8", "--data", "scenes?n=30", "--steps", "2", "--out", str(tmp_path / "tiny"), "--workers", "0"]) == 0
+    capsys.readouterr()
+    assert main([*ask, str(tmp_path / "tiny"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)
