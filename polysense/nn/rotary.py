@@ -1,5 +1,6 @@
 """Rotary position embedding (Su et al. 2021, RoFormer)."""
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -7,6 +8,12 @@ from torch import Tensor
 from polysense.base.errors import UserError
 from polysense.base.spec import Spec
 from polysense.base.system import Part
+
+
+class Turn(NamedTuple):
+    """Cosines and sines of angles, [T,turned/2] or [B,1,T,turned/2]."""
+    cos: Tensor
+    sin: Tensor
 
 
 class Rotary(Part):
@@ -27,12 +34,17 @@ class Rotary(Part):
         if self.turned % 2:
             raise UserError(f"rotary embedding turns pairs, but {self.turned} features of a head would turn", "choose an even number")
 
-    def forward(self, x: Tensor, position: Tensor) -> Tensor:
-        """x [B,N,T,H]; position [T] or [B,T], counted in tokens (may be fractional) -> x turned, same shape and type."""
+    def turn(self, position: Tensor) -> Turn:
+        """position [T] or [B,T] -> its angles, in float32: computed once where many layers turn by the same."""
         half = self.turned // 2
-        speed = self.base ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+        speed = self.base ** (-torch.arange(half, device=position.device, dtype=torch.float32) / half)
         angle = position.to(torch.float32)[..., None] * speed
         angle = angle if position.ndim == 1 else angle[:, None]
-        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        return Turn(angle.cos(), angle.sin())
+
+    def forward(self, x: Tensor, position: Tensor | Turn) -> Tensor:
+        """x [B,N,T,H]; position [T] or [B,T], counted in tokens (may be fractional), or its `turn` -> x turned, same shape and type."""
+        half, by = self.turned // 2, position if isinstance(position, Turn) else self.turn(position)
+        cos, sin = by.cos.to(x.dtype), by.sin.to(x.dtype)
         a, b, rest = x[..., :half], x[..., half:self.turned], x[..., self.turned:]
         return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)

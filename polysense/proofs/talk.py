@@ -11,11 +11,14 @@ from polysense.pipeline import Pipeline
 from polysense.pipeline.talk import write
 from polysense.proofs.arms import train_arm
 from polysense.systems.align import clip
+from polysense.towers.causal_lm import llama
 
 
-def sight(source: Source, seed: int, steps: int) -> dict[str, Tensor]:
-    """A picture tower trained as clip's tiny preset on the captions of a source."""
-    plan = clip.tiny().but(data=source.name, **{"stages.0.steps": steps, "stages.0.batch_size": 64, "stages.0.optim.warmup": steps // 10})
+def sight(source: Source, seed: int, steps: int, size: int = 64) -> dict[str, Tensor]:
+    """A picture tower trained as clip's tiny preset on the captions of a source, at `size` pixels."""
+    plan = clip.tiny().but(data=source.name, **{
+        "stages.0.steps": steps, "stages.0.batch_size": 64, "stages.0.optim.warmup": steps // 10, "feed.image.size": size,
+        "feed.train_image.size": size, "config.vision.image_size": size})
     return dict(train_arm("clip", plan, source, needs=("image", "text"), seed=seed).subject.system.vision.state_dict())  # type: ignore[union-attr]
 
 
@@ -53,6 +56,12 @@ def carried(weights: dict[str, Tensor], into: str) -> Any:
     def prepare(system: System) -> None:
         system.get_submodule(into).load_state_dict(weights)
     return prepare
+
+
+def small(plan: Preset) -> Preset:
+    """The preset with a language model of 3 layers x 128 and two turns a conversation: what a proof's minute and a half allows."""
+    return plan.but(**{"config.language": llama(vocab=1008, length=128, width=128, depth=3, heads=4, hidden=352), "config.connector.out": 128,
+                       "feed.text.turns": 2, "feed.text.length": 96})
 
 
 def staged(plan: Preset, steps: dict[str, int], batch_size: int) -> Preset:

@@ -6,6 +6,7 @@ Interface (everything takes token ids or embeddings, and masks that are True on 
     lm.logits(hidden) -> [B,T,V]               lm.join(prefix, text, mask) -> x, mask  lm.generate(x, mask, max_new=, how=) -> ids [B,N]
 """
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +73,9 @@ class CausalLM(Tower):
         self.body = c.body.build()
         self.head = c.head.build() if c.head is not None else None
         self.length, self.width, self.vocab = c.length, c.width, c.vocab
+        ropes = [b.attn.rope for b in self.body.blocks]
+        alike = ropes[0] is not None and len({(r.turned, r.base) if r is not None else None for r in ropes}) == 1
+        self.rotary = ropes[:1] if alike else []                     # in a list: a part of the body, not another one of this module
 
     def forward(self, text: Tensor, mask: Tensor | None = None) -> Encoded:
         """text [B,L] ids, mask [B,L] (None: all are real) -> tokens [B,L,D] (normed), pooled [B,D] (the last real token), mask.
@@ -137,7 +141,11 @@ class CausalLM(Tower):
                  source_mask: Tensor | None = None) -> Tensor:
         if self.position is not None:
             x = x + self.position(position).to(x.dtype)
-        return self.body(x, source, mask=seen, source_mask=source_mask, causal=seen is None, cache=cache, position=position)
+        return self.body(x, source, mask=seen, source_mask=source_mask, causal=seen is None, cache=cache, position=self.turned(position))
+
+    def turned(self, position: Tensor) -> Any:
+        """The angles of positions, computed once for all blocks where their rotary embeddings are alike; else the positions."""
+        return self.rotary[0].turn(position) if self.rotary else position
 
 
 class CachedWriter:
@@ -159,7 +167,8 @@ class CachedWriter:
             self.length = self.length + 1
         if self.lm.position is not None:
             x = x + self.lm.position(position).to(x.dtype)
-        return self.lm.logits(self.lm.body(x, self.source, mask=seen, source_mask=self.source_mask, cache=self.cache, position=position)[:, -1])
+        return self.lm.logits(self.lm.body(x, self.source, mask=seen, source_mask=self.source_mask, cache=self.cache,
+                                           position=self.lm.turned(position))[:, -1])
 
     def pick(self, rows: Tensor) -> None:
         self.cache.pick(rows)
