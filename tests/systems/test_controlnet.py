@@ -187,3 +187,19 @@ def test_maps_come_from_scenes():
         data = source(f"scenes?n=8&size=32&hint={kind}")
         batch = next(iter(Loader(data, TINY.feed, make_tokenizer(TINY.feed.text, data.captions()), batch_size=4, needs=("image", "text", "hint"))))
         assert batch["hint"].shape == (4, 3, 32, 32) and batch["hint"].min() >= 0 and batch["hint"].max() <= 1 and batch["hint"].std() > 0.01
+
+
+def test_a_map_from_a_file_steers_what_is_drawn(tmp_path):
+    from PIL import Image
+
+    from polysense.data.tokenizer import make_tokenizer
+    from polysense.pipeline import Pipeline
+    words = SMALL.feed.text.but(vocab=64, length=10)
+    preset = SMALL.but(**{"feed.text": words})
+    pipeline = Pipeline(loud(made()), preset, make_tokenizer(words, ["a red circle"]), id="controlnet")
+    Image.new("RGB", (40, 40), "white").save(tmp_path / "map.png")
+    plain = pipeline.generate("a red circle", 2, steps=2)
+    steered = pipeline.generate("a red circle", 2, steps=2, hints=[tmp_path / "map.png"])
+    assert len(steered) == 2 and steered[0].tobytes() != plain[0].tobytes()
+    with pytest.raises(UserError, match="hints for"):
+        pipeline.generate("a red circle", hints=[tmp_path / "map.png"] * 3)
