@@ -90,13 +90,14 @@ def plan(size: int, view: ViewPlan, data: str, config: DiscreteVAE.Config, stage
 def tiny() -> Preset:
     """64 px to 16x16 codes of 256; beta is smaller, as few steps do not fill a code that the prior pulls at."""
     return plan(64, ViewPlan(size=64, flip=0.5), "scenes", DiscreteVAE.Config(
-        codec=codec(256, 32, 3, 1, 64, spread=10.0), cool=0.8, beta=(0.01, 0.1), rise=0.2), Stage(
-            objective=DiscreteVAE.losses, steps=500, batch_size=16, optim=Optim(lr=3e-3, weight_decay=1e-4, warmup=20, clip=1.0, final=0.05)))
+        codec=codec(256, 32, 3, 1, 64, spread=10.0), cool=0.8, beta=(0.01, 0.3), rise=0.2), Stage(
+            objective=DiscreteVAE.losses, steps=800, batch_size=16, optim=Optim(lr=6e-3, weight_decay=1e-4, warmup=20, clip=1.0, final=0.05)))
 
 
 def small() -> Preset:
     """32 px to 8x8 codes of 128: the words of tiny generators."""
-    return tiny().but(**{"config.codec": codec(128, 32, 3, 1, 64, spread=10.0), "feed.image.size": 32, "feed.train_image.size": 32})
+    return tiny().but(**{"config.codec": codec(128, 32, 3, 1, 64, spread=10.0), "feed.image.size": 32, "feed.train_image.size": 32,
+                         "stages.0.optim.lr": 4e-3})
 
 
 def paper() -> Preset:
