@@ -21,16 +21,17 @@ from polysense.towers.clip import body
 
 METRIC, HIGHER_IS_BETTER = "attributes (colour, shape) that greedy captions name rightly, share", True
 DATA = "scenes:combos (3,000 pairs; 500 new pictures)"
-SEEING, READING, ALIGNING, SPEAKING = 160, 120, 140, 100       # steps: the ViT as CLIP's, the language model, stage 1, stage 2
+SEEING, READING, ALIGNING, SPEAKING = 130, 220, 120, 180       # steps: the ViT as CLIP's, the language model, stage 1, stage 2
 NEEDS = ("image", "text")
 
 
 def small(*stages: tuple[int, int]) -> Preset:
     """(which stage of tiny, steps) pairs over a ViT 4x128 of patch 16, 4 queries of width 96, a language model 2x96."""
     base = blip2.tiny()
-    made = base.but(starts=(), stages=tuple(base.stages[i].but(steps=steps) for i, steps in stages)).but(**{"config.vision": seer().vision})
-    return made.but(**{"config.qformer.width": 96, "config.qformer.depth": 2, "config.qformer.queries": 4, "config.qformer.source": 128,
-                       "config.language.body.width": 96, "config.language.body.heads": 4, "config.language.body.block.mlp.hidden": 384})
+    chosen = tuple(base.stages[i].but(steps=steps, **{"optim.warmup": 10}) for i, steps in stages)
+    return base.but(starts=(), stages=chosen).but(**{
+        "config.vision": seer().vision, "config.qformer.width": 96, "config.qformer.depth": 2, "config.qformer.queries": 4,
+        "config.qformer.source": 128, "config.language.body.width": 96, "config.language.body.heads": 4, "config.language.body.block.mlp.hidden": 384})
 
 
 def seer() -> Any:
