@@ -13,7 +13,7 @@ from polysense.systems.lmm import llava
 METRIC, HIGHER_IS_BETTER = "exact match of answers to questions about held-out scenes", True
 DATA = "scenes:qa, one or two things a scene (1,500 train, 200 test, up to four questions each)"
 SCENES, NEEDS = "scenes:qa?objects=1-2&digits=0&style=plain&seed={}&n={}", ("image", "brief", "brief_reply", "chat", "chat_reply")
-SEE, READ, ALIGN, INSTRUCT = 120, 100, 60, 200
+SEE, READ, ALIGN, INSTRUCT = 120, 100, 60, 150
 PLAN = small(llava.tiny())
 
 
