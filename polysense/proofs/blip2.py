@@ -31,7 +31,8 @@ def small(*stages: tuple[int, int]) -> Preset:
     chosen = tuple(base.stages[i].but(steps=steps, **{"optim.warmup": 10}) for i, steps in stages)
     return base.but(starts=(), stages=chosen).but(**{
         "config.vision": seer().vision, "config.qformer.width": 96, "config.qformer.depth": 2, "config.qformer.queries": 4,
-        "config.qformer.source": 128, "config.language.body.width": 96, "config.language.body.heads": 4, "config.language.body.block.mlp.hidden": 384})
+        "config.qformer.source": 128, "config.language.body.width": 96, "config.language.body.heads": 4,
+        "config.language.body.block.mlp.hidden": 384})
 
 
 def seer() -> Any:
