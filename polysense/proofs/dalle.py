@@ -23,7 +23,7 @@ from polysense.towers.clip_text import ClipText
 from polysense.train.starts import carry
 
 METRIC, HIGHER_IS_BETTER = "share of drawn scenes whose colour and shape are those of the sentence (best of 8 by the scorer)", True
-DATA = "scenes:combos, 32 px, plain, 4 colours x 4 shapes (8,000 train; sentences of 160 test scenes)"
+DATA = "scenes:combos, 32 px, plain, 4 colours x 4 shapes (8,000 train; sentences of 96 test scenes)"
 SCENES = "scenes:combos?size=32&style=plain&shapes=4&colours=4&combos=all&captions=1"
 LENGTH = 20
 
@@ -40,7 +40,7 @@ def shuffled(train: Source, of: Preset, tokenizer, seed: int) -> Iterator[Batch]
         yield batch | {"text": batch["text"].roll(1, 0)}
 
 
-def compare(seed: int, train: Source, test: Source, asked: int = 160, stage_1: int = 350, steps: int = 240) -> Outcome:
+def compare(seed: int, train: Source, test: Source, asked: int = 96, stage_1: int = 300, steps: int = 180) -> Outcome:
     of = plan(steps)
     codec = train_arm("vq_vae", vq_vae.small().but(**{"stages.0.steps": stage_1}), train, needs=("image",), seed=seed).subject
     tokenizer = words(of, train)
@@ -52,7 +52,7 @@ def compare(seed: int, train: Source, test: Source, asked: int = 160, stage_1: i
     blind = train_arm("dalle", of, train, needs=("image", "text"), seed=seed, tokenizer=tokenizer, prepare=stand,
                       batches=shuffled(train, of, tokenizer, seed)).subject
     text = ClipText.Config(vocab=512, length=LENGTH, end=2, body=clip_body(64, 2, 2))
-    scorer = train_arm("clip", small_clip(of, text, 24, 150), train, needs=("image", "text"), seed=seed, tokenizer=tokenizer).subject
+    scorer = train_arm("clip", small_clip(of, text, 16, 100), train, needs=("image", "text"), seed=seed, tokenizer=tokenizer).subject
     judge = train_judge(train, of.feed, 16, 120, seed)
     batch = next(iter(Loader(test, of.feed, tokenizer, batch_size=asked, train=False, needs=("image", "text", "label"))))
     scores: dict[str, float] = {}
@@ -78,6 +78,6 @@ def drawn(subject: Pipeline, scorer: Pipeline, batch: Batch, seed: int, count: i
 
 
 def run(seed: int) -> Outcome:
-    return compare(seed, source(f"{SCENES}&n=8000&seed={seed}"), source(f"{SCENES}&n=160&seed={seed}", split="test"))
+    return compare(seed, source(f"{SCENES}&n=8000&seed={seed}"), source(f"{SCENES}&n=96&seed={seed}", split="test"))
 
 
