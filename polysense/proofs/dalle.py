@@ -40,7 +40,7 @@ def shuffled(train: Source, of: Preset, tokenizer, seed: int) -> Iterator[Batch]
         yield batch | {"text": batch["text"].roll(1, 0)}
 
 
-def compare(seed: int, train: Source, test: Source, asked: int = 96, stage_1: int = 300, steps: int = 180) -> Outcome:
+def compare(seed: int, train: Source, test: Source, asked: int = 96, stage_1: int = 600, steps: int = 160) -> Outcome:
     of = plan(steps)
     codec = train_arm("vq_vae", vq_vae.small().but(**{"stages.0.steps": stage_1}), train, needs=("image",), seed=seed).subject
     tokenizer = words(of, train)
@@ -53,7 +53,7 @@ def compare(seed: int, train: Source, test: Source, asked: int = 96, stage_1: in
                       batches=shuffled(train, of, tokenizer, seed)).subject
     text = ClipText.Config(vocab=512, length=LENGTH, end=2, body=clip_body(64, 2, 2))
     scorer = train_arm("clip", small_clip(of, text, 16, 100), train, needs=("image", "text"), seed=seed, tokenizer=tokenizer).subject
-    judge = train_judge(train, of.feed, 16, 120, seed)
+    judge = train_judge(train, of.feed, 16, 400, seed)
     batch = next(iter(Loader(test, of.feed, tokenizer, batch_size=asked, train=False, needs=("image", "text", "label"))))
     scores: dict[str, float] = {}
     for name, subject in (("told", told), ("blind", blind)):
