@@ -10,7 +10,7 @@ from polysense.base.spec import Spec
 class ImagePlan(Spec):
     """How a picture is read where nothing is random: exams, search, capabilities."""
     size: int
-    fit: str = "crop"                                   # "crop": short side to size, centre crop; "squash": ignore the aspect ratio; "pad": to a square
+    fit: str = "crop"                                   # "crop": short side to size, centre crop; "squash": ignore the aspect ratio; "pad": to square
                                                         # around it; "corner": long side to size, filled below or at the right
     resample: str = "bicubic"                           # "bicubic" or "bilinear", antialiased
     mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)   # CLIP's; the ImageNet and 0.5 triples stand in recipes

@@ -133,7 +133,7 @@ class Attention(Part):
         return self.out(v.repeat_interleave(self.heads // self.kv_heads, -2).flatten(-2))
 
     def weights(self, x: Tensor, source: Tensor | None = None, *, mask: Tensor | None = None) -> Tensor:
-        """x [B,T,D], source [B,S,source] -> softmax(q k^T / sqrt(H)) [B,N,T,S], for those who look at it (Grad-CAM, roll-out); no rotary positions."""
+        """x [B,T,D], source [B,S,source] -> softmax(q k^T / sqrt(H)) [B,N,T,S], to be looked at (Grad-CAM, roll-out); no rotary positions."""
         seen = x if source is None else source
         q, k = (f(y).unflatten(-1, (n, -1)).transpose(1, 2) for f, y, n in ((self.q, x, self.heads), (self.k, seen, self.kv_heads)))
         if self.norm_q is not None and self.norm_k is not None:

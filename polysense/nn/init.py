@@ -68,7 +68,7 @@ class ClipInit(Configured):
 
 
 class RescaledInit(Configured):
-    """NormalInit, then both linears that write to the residual stream of layer l, from 1, divided by sqrt(2 l) (BEiT, Bao et al. 2022, section 2.5)."""
+    """NormalInit, then both linears that write to the residual stream of layer l, from 1, divided by sqrt(2 l) (Bao et al. 2022, section 2.5)."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Spec):

@@ -14,8 +14,9 @@ from polysense.nn.build import build
 class Prototypes(Part):
     """MLP, unit length, then cosines with `out` prototypes (Caron et al. 2021, DINO, appendix C): [B,into] -> [B,out].
 
-    `depth` linears with GELU between them, and no norms (`norm` puts one before each GELU, which convolutional towers of few steps need); the last layer has no bias and weight normalisation with its gain fixed at one, so its rows
-    have unit length whatever an optimiser does to `last`. `gate` (a buffer, 1 at birth) multiplies the gradient of `last`: 0 holds it still.
+    `depth` linears with GELU between them, and no norms (`norm` puts one before each GELU, which convolutional towers of few steps need).
+    The last layer has no bias and weight normalisation with its gain fixed at one, so its rows have unit length whatever an optimiser does
+    to `last`. `gate` (a buffer, 1 at birth) multiplies the gradient of `last`: 0 holds it still.
     Names: `layers.{i}`, `norms.{i}`, `last`.
     """
 

@@ -5,7 +5,8 @@
 `.label(images, labels) -> list[Labelled]`, `.classify(images, classes) -> list[Labelled]`, `.explain(image, text) -> Explanation`,
 `.match(images, texts) -> [N,M]`, `.ground(image, text) -> Explanation`, `.detect(image, labels) -> list[Detection]`,
 `.caption(images) -> list[str]`, `.ask(image, question) -> str`, `.chat(image, messages) -> str`,
-`.segment(image, points, box) -> Segmentation`, `.reconstruct(images) -> list[picture]`, `.encode_codes(images) -> [N,h,w]`, `.decode_codes(codes) -> list[picture]`.
+`.segment(image, points, box) -> Segmentation`, `.reconstruct(images) -> list[picture]`, `.encode_codes(images) -> [N,h,w]`,
+`.decode_codes(codes) -> list[picture]`.
 """
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -243,7 +244,8 @@ class Pipeline(Clips, Talk):
         origin and `fov` in radians (None: the system's own)."""
         return render(self, turn, elevation, size, start, distance, fov)
 
-    def detect(self, image: Any, labels: Sequence[str] | None = None, *, templates: str | Sequence[str] = TEMPLATES, backgrounds: Sequence[str] = BACKGROUNDS,
+    def detect(self, image: Any, labels: Sequence[str] | None = None, *, templates: str | Sequence[str] = TEMPLATES,
+               backgrounds: Sequence[str] = BACKGROUNDS,
                scales: Sequence[float] = (1.0, 0.66, 0.5, 0.33), threshold: float = 0.5, iou: float = 0.3, top: int = 100) -> list[Detection]:
         """Zero-shot detection (CLIP on region crops): square crops of a grid at several scales (fractions of the short side, half a crop
         apart) are scored against the labels and the background prompts; what is likelier than `threshold` is kept after
