@@ -32,8 +32,8 @@ $(STAMP): pyproject.toml
 	if command -v nvidia-smi > /dev/null; then echo "a GPU is present: torch is left to pip"; \
 	elif ! $(BIN)/python -c 'import torch' 2> /dev/null; then $(BIN)/pip install -q '$(TORCH)'; fi
 	$(BIN)/pip install -q -e '.[$(EXTRAS)]'
-	# timm and open_clip are references in parity tests only. They ask for torchvision, whose wheels would replace torch: hence --no-deps.
-	$(BIN)/pip install -q --no-deps '$(TORCHVISION)' timm open_clip_torch
+	# timm, open_clip and DALL-E are references in parity tests only. They ask for torchvision, whose wheels would replace torch: hence --no-deps.
+	$(BIN)/pip install -q --no-deps '$(TORCHVISION)' timm open_clip_torch DALL-E
 	touch $@
 
 $(DOCS_STAMP): $(STAMP)
