@@ -72,7 +72,11 @@ def test_lines_name_every_leaf_and_the_digest_follows_them():
     assert PLAN.digest() != PLAN.but(**{"stages.0.steps": 4}).digest()
 
 
-@given(st.one_of(st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.booleans(), st.none(), st.lists(st.integers())))
+# Training flushes subnormal floats to zero, process-wide (train/run.py): hypothesis must not ask for them after such a test.
+FLOATS = st.floats(allow_nan=False, allow_infinity=False, allow_subnormal=False)
+
+
+@given(st.one_of(st.integers(), FLOATS, st.booleans(), st.none(), st.lists(st.integers())))
 def test_values_typed_on_a_command_line_come_back(value):
     assert parse_value(repr(value)) == value
 

@@ -112,7 +112,7 @@ def test_quick_gelu_is_its_formula_twice_differentiable_and_keeps_the_input_only
     assert (activation("quick_gelu")(x) - F.gelu(x)).abs().max() < 0.03
     with pytest.raises(UserError, match="quick_gelu"):
         activation("quickgelu")
-    assert set(ACTIVATIONS) == {"gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "tanh"}
+    assert set(ACTIVATIONS) == {"gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "squared_relu", "tanh"}
 
 
 def test_norms_follow_their_equations_and_read_bfloat16():
