@@ -86,6 +86,13 @@ class VisualLM(System):
         assert label is not None
         return next_token(self.language.logits(self.language.read(x, mask)), label)
 
+    def blind_nll(self, text: Tensor) -> Tensor:
+        """`nll` of text [B,L] with its pictures taken away, over every token but the first and padding: a scalar."""
+        unseen = text.masked_fill(text == self.image_token, self.pad)
+        learned = unseen != self.pad
+        learned[:, 0] = False
+        return self.nll(None, unseen, learned)
+
     def log_likelihood(self, image: Tensor | None, text: Tensor, learned: Tensor) -> Tensor:
         """Sum of log p of the learned tokens of each sample, [B]: candidate answers are ranked by it."""
         x, mask, label = self.splice(image, text, text.masked_fill(~learned, IGNORE))

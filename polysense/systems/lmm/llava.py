@@ -48,11 +48,8 @@ class LLaVA(VisualLM):
         pass
 
     def read(self, batch: Batch) -> Losses:
-        """Conversations without their pictures, every token but the first: what a language model knows before it sees."""
-        chat = batch["chat"].masked_fill(batch["chat"] == self.image_token, self.pad)
-        learned = chat != self.pad
-        learned[:, 0] = False
-        return Losses(language=self.nll(None, chat, learned))
+        """Conversations without their pictures: what a language model knows before it sees."""
+        return Losses(language=self.blind_nll(batch["chat"]))
 
     def align(self, batch: Batch) -> Losses:
         """One turn: an instruction to describe the picture, the caption replies."""
