@@ -1,6 +1,8 @@
-"""Writes the generated pages of the site: docs/commands/*.md from the command line itself, docs/catalogue.md from the cards and the filed proofs."""
+"""Writes the generated pages of the site: docs/commands/*.md from the command line itself, docs/catalogue.md and
+docs/systems/*.md from the cards, the recipes' own words and the filed proofs."""
 from __future__ import annotations
 
+import ast
 import json
 import re
 import sys
@@ -16,11 +18,12 @@ MARK = "<!-- written by scripts/gen_docs.py (make docs): edit the source, not th
 
 
 def main() -> int:
-    pages = command_pages() | {"catalogue.md": catalogue_page()}
-    (DOCS / "commands").mkdir(exist_ok=True)
-    for old in (DOCS / "commands").glob("*.md"):
-        if f"commands/{old.name}" not in pages:
-            old.unlink()
+    pages = command_pages() | {"catalogue.md": catalogue_page()} | system_pages()
+    for folder in ("commands", "systems"):
+        (DOCS / folder).mkdir(exist_ok=True)
+        for old in (DOCS / folder).glob("*.md"):
+            if f"{folder}/{old.name}" not in pages:
+                old.unlink()
     for name, text in pages.items():
         path = DOCS / name
         if not path.exists() or path.read_text(encoding="utf-8") != text:
@@ -130,7 +133,7 @@ def catalogue_page() -> str:
         for c in (c for c in cards if c.family == family):
             paper = f"[{c.paper}](https://arxiv.org/abs/{c.arxiv})" if c.arxiv else c.paper
             can, presets = " ".join(f"`{k}`" for k in c.can), " ".join(f"`{k}`" for k in c.presets)
-            out.append(f"| `{c.id}` | **{c.name}**: {c.says}<br>{paper} | {can} | {presets} | {proof_of(c.id)} |")
+            out.append(f"| [`{c.id}`](systems/{c.id}.md) | **{c.name}**: {c.says}<br>{paper} | {can} | {presets} | {proof_of(c.id)} |")
         out.append("")
     return "\n".join(out)
 
@@ -145,6 +148,71 @@ def proof_of(id: str) -> str:
     against = ", ".join(f"{name} {mean(values):.3g}" for name, values in filed["baselines"].items())
     verdict = "beats" if filed["beats_baseline"] else "does not beat"
     return f"{filed['metric']} {mean(filed['system']):.3g} {verdict} {against} ({len(filed['seeds'])} seeds)"
+
+
+# -- one page a system --------------------------------------------------------------------------------------------------------------------
+
+USES = {
+    "encode_image": "polysense encode PHOTOS -m RUN", "encode_text": 'polysense search "two dogs on grass" --index PHOTOS', "encode_patches":
+    'polysense search "two dogs on grass" --index PHOTOS --why answer.html', "encode_video": "polysense encode VIDEOS -m RUN",
+    "encode_audio": "polysense encode SOUNDS -m RUN", "match_text": 'polysense match photo.jpg "a red car" -m RUN', "generate_text":
+    'polysense ask photo.jpg "what is in this picture?" -m RUN', "generate_image": 'polysense generate "a red circle" -m RUN --out drawn.png',
+    "sample_image": "polysense generate -m RUN -n 9 --out drawn.png", "segment": "polysense segment photo.jpg -m RUN --point 120,80 --out mask.png",
+    "detect": "polysense detect photo.jpg -m RUN --out found.png", "render_view": "polysense render -m RUN --turn 8 --out views.png",
+    "reconstruct": "polysense reconstruct photo.jpg -m RUN --out again.png", "encode_codes": "polysense codes photo.jpg -m RUN --out codes.npz",
+    "ask": 'polysense agent mm_react photo.jpg --ask "what does the sign say?"',
+    "attend": "polysense attend photo.jpg -m RUN --out looks.png"}
+
+
+def system_pages() -> dict[str, str]:
+    """Page by path: what a recipe says about itself, how it is used, and every number of its proof."""
+    root = DOCS.parent
+    return {f"systems/{c.id}.md": system_page(c, (root / (c.module.replace(".", "/") + ".py")).read_text(encoding="utf-8"))
+            for c in catalogue().values()}
+
+
+def system_page(card: Any, source: str) -> str:
+    tree = ast.parse(source)
+    layouts = next(([k.value for k in node.value.keys if isinstance(k, ast.Constant)] for node in tree.body if isinstance(node, ast.Assign)
+                    and isinstance(node.value, ast.Dict) and getattr(node.targets[0], "id", "") == "weights"), [])
+    said = {node.name: (ast.get_docstring(node) or "").split("\n\n")[0] for node in tree.body if isinstance(node, ast.FunctionDef)}
+    paper = f"[{card.paper}](https://arxiv.org/abs/{card.arxiv})" if card.arxiv else card.paper
+    out = [MARK, f"# {card.name}", "", card.says, "", paper + (f". Authors: {card.official}." if card.official else ""), ""]
+    if (DOCS / "images" / "systems" / f"{card.id}.png").exists():
+        out += [f"![{card.name}: {card.says}](../images/systems/{card.id}.png)", ""]
+    out += ["## The idea", "", prose(ast.get_docstring(tree) or ""), "", "## Presets", "", "| preset | |", "|---|---|"]
+    out += [f"| `{name}` | {cell(' '.join(said.get(name, '').split()))} |" for name in card.presets]
+    verbs = [USES[k] for k in card.can if k in USES]
+    train = [] if card.family == "agent" else [f"polysense train {card.id} --out runs/{card.id}"]
+    use = (verb.replace("RUN", f"runs/{card.id}") for verb in dict.fromkeys(verbs))
+    out += ["", "## Use", "", "```bash", f"polysense show {card.id}", *train, *use, "```", "",
+            f"It can: {', '.join(f'`{k}`' for k in card.can)}. Training reads: {', '.join(f'`{k}`' for k in card.needs) or 'nothing'}."]
+    if layouts:
+        out += ["", f"Official files of these layouts are read and written: {', '.join(f'`{k}`' for k in layouts)} ([how](../weights.md))."]
+    return "\n".join([*out, "", "## Proof", "", *proof_section(card.id), ""])
+
+
+def prose(text: str) -> str:
+    """A docstring as Markdown: what is indented stays as it is, elsewhere angle brackets are not tags."""
+    plain = lambda line: "`".join(part if i % 2 else part.replace("<", "&lt;") for i, part in enumerate(line.split("`")))
+    return "\n".join(line if line.startswith("    ") else plain(line) for line in text.splitlines())
+
+
+def proof_section(id: str) -> list[str]:
+    path = DOCS / "proofs" / f"{id}.json"
+    if not path.exists():
+        return ["Not filed yet."]
+    filed = json.loads(path.read_text(encoding="utf-8"))
+    seeds, better = filed["seeds"], "higher" if filed["higher_is_better"] else "lower"
+    row = lambda name, values: f"| {cell(name)} | " + " | ".join(f"{v:.4g}" for v in values) + " |"
+    within = lambda g: "" if g["low"] is None else f" [{g['low']:+.3g}, {g['high']:+.3g}]"
+    gains = [f"{cell(name)}: {g['mean']:+.3g}{within(g)}" for name, g in filed["gains"].items()]
+    verdict = "beats every baseline" if filed["beats_baseline"] else "**does not beat every baseline**"
+    return [f"{filed['metric']} ({better} is better) on {filed['data']}.", "", "| | " + " | ".join(f"seed {s}" for s in seeds) + " |",
+            "|---|" + "---|" * len(seeds), row(f"**{id}**", filed["system"]), *(row(k, v) for k, v in filed["baselines"].items()), "",
+            f"In the mean over seeds it {verdict}. Gains with their 95 % intervals over seeds: {'; '.join(gains)}.", "",
+            f"Commit `{filed['commit']}`, {filed['machine']['processor']}, {filed['seconds']:.0f} s. Again: `polysense prove {id}`. "
+            f"Further measurements are in the notes of `docs/proofs/{id}.json`."]
 
 
 if __name__ == "__main__":

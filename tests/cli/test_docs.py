@@ -1,5 +1,6 @@
 """The pages that are generated say what the command line says; the others name nothing that does not exist."""
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -15,7 +16,8 @@ from polysense.cli import app
 
 ROOT = Path(__file__).parents[2]
 PROSE = [ROOT / "README.md", ROOT / "README.zh.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")),
-         *sorted((ROOT / "docs" / "commands").glob("*.md"))]
+         *sorted((ROOT / "docs" / "commands").glob("*.md")),
+         *sorted((ROOT / "docs" / "systems").glob("*.md"))]
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +49,19 @@ def test_the_catalogue_page_has_every_system(generator):
     page = generator.catalogue_page()
     written = (ROOT / "docs" / "catalogue.md").read_text(encoding="utf-8")
     for card in polysense.catalogue().values():
-        assert f"| `{card.id}` |" in page and card.says in page
-        assert f"| `{card.id}` |" in written, "docs/catalogue.md is out of date: run make docs"
+        assert f"| [`{card.id}`](systems/{card.id}.md) |" in page and card.says in page
+        assert f"| [`{card.id}`]" in written, "docs/catalogue.md is out of date: run make docs"
+
+
+def test_every_system_has_a_page_that_says_what_its_recipe_says(generator):
+    pages = generator.system_pages()
+    assert set(pages) == {f"systems/{p.name}" for p in (ROOT / "docs" / "systems").glob("*.md")}, "run: make docs"
+    for card in polysense.catalogue().values():
+        page = pages[f"systems/{card.id}.md"]
+        filed = ROOT / "docs" / "proofs" / f"{card.id}.json"
+        assert card.says in page and all(f"| `{name}` |" in page for name in card.presets)
+        assert ("Not filed yet" in page) != filed.exists()
+        assert not filed.exists() or json.loads(filed.read_text())["commit"] in page
 
 
 def lines():
