@@ -14,6 +14,12 @@ System = Annotated[str | None, typer.Option(metavar="ID", help="Of a published c
 Layout = Annotated[str | None, typer.Option(metavar="LAYOUT", help="Of a published checkpoint: hf, openai, open_clip, timm ...")]
 Device = Annotated[str | None, typer.Option(metavar="DEVICE", help="cuda, mps or cpu.  [default: the first that exists]")]
 
+NEXT = (("encode_text", "index PHOTOS"), ("generate_text", "ask PHOTO QUESTION"), ("generate_image", "generate WORDS --out FILE.png"),
+        ("sample_image", "generate --out FILE.png"), ("segment", "segment PHOTO --point X,Y --out FILE.png"),
+        ("render_view", "render --out FILE.png"), ("reconstruct", "reconstruct PHOTO --out FILE.png"),
+        ("encode_image", "encode PHOTOS"), ("encode_video", "encode VIDEOS"))
+
+
 
 def train(id: Id,
           overrides: Annotated[list[str] | None, typer.Argument(metavar="[dotted=value]...", help="Changes to the preset, checked against its "
@@ -109,7 +115,11 @@ def draw(events: Any, id: str, minutes: float | None, as_json: bool) -> None:
         return
     terms = ", ".join(f"{k} {v:.4f}" for k, v in last.losses.items())
     say(f"{last.weights}: {last.step} steps, {last.samples:,} samples in {clock(last.seconds)}" + (f", last loss {terms}" if terms else ""))
-    note(f"go on with: polysense index PHOTOS -m {last.folder}   polysense exam {last.folder} TASK --data DATA   polysense report {last.folder}")
+    from polysense.base.catalogue import card_of
+
+    use = next((verb for capability, verb in NEXT if capability in card_of(id).can), "")
+    words = [f"polysense {verb} -m {last.folder}" for verb in (use,) if verb]
+    note("go on with: " + "   ".join([*words, f"polysense exam {last.folder} TASK --data DATA", f"polysense report {last.folder}"]))
 
 
 def exam(run: Run,
