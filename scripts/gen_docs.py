@@ -157,7 +157,7 @@ USES = {
     'polysense search "two dogs on grass" --index PHOTOS --why answer.html', "encode_video": "polysense encode VIDEOS -m RUN",
     "encode_audio": "polysense encode SOUNDS -m RUN", "match_text": 'polysense match photo.jpg "a red car" -m RUN', "generate_text":
     'polysense ask photo.jpg "what is in this picture?" -m RUN', "generate_image": 'polysense generate "a red circle" -m RUN --out drawn.png',
-    "sample_image": "polysense generate -m RUN -n 9 --out drawn.png", "segment": "polysense segment photo.jpg -m RUN --point 120,80 --out mask.png",
+    "sample_image": "polysense generate -m RUN -n 9 --out drawn.png", "segment": "polysense segment photo.jpg -m RUN --point 0.4,0.6 --out mask.png",
     "detect": "polysense detect photo.jpg -m RUN --out found.png", "render_view": "polysense render -m RUN --turn 8 --out views.png",
     "reconstruct": "polysense reconstruct photo.jpg -m RUN --out again.png", "encode_codes": "polysense codes photo.jpg -m RUN --out codes.npz",
     "ask": 'polysense agent mm_react photo.jpg --ask "what does the sign say?"',
