@@ -202,13 +202,15 @@ def proof_section(id: str) -> list[str]:
     path = DOCS / "proofs" / f"{id}.json"
     if not path.exists():
         return ["Not filed yet."]
+    words = ast.get_docstring(ast.parse((DOCS.parent / "polysense" / "proofs" / f"{id}.py").read_text(encoding="utf-8"))) or ""
     filed = json.loads(path.read_text(encoding="utf-8"))
     seeds, better = filed["seeds"], "higher" if filed["higher_is_better"] else "lower"
     row = lambda name, values: f"| {cell(name)} | " + " | ".join(f"{v:.4g}" for v in values) + " |"
     within = lambda g: "" if g["low"] is None else f" [{g['low']:+.3g}, {g['high']:+.3g}]"
     gains = [f"{cell(name)}: {g['mean']:+.3g}{within(g)}" for name, g in filed["gains"].items()]
     verdict = "beats every baseline" if filed["beats_baseline"] else "**does not beat every baseline**"
-    return [f"{filed['metric']} ({better} is better) on {filed['data']}.", "", "| | " + " | ".join(f"seed {s}" for s in seeds) + " |",
+    return [prose(words), "", f"{filed['metric']} ({better} is better) on {filed['data']}.", "",
+            "| | " + " | ".join(f"seed {s}" for s in seeds) + " |",
             "|---|" + "---|" * len(seeds), row(f"**{id}**", filed["system"]), *(row(k, v) for k, v in filed["baselines"].items()), "",
             f"In the mean over seeds it {verdict}. Gains with their 95 % intervals over seeds: {'; '.join(gains)}.", "",
             f"Commit `{filed['commit']}`, {filed['machine']['processor']}, {filed['seconds']:.0f} s. Again: `polysense prove {id}`. "

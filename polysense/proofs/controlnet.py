@@ -3,6 +3,9 @@
 Baselines: the frozen model with the same words and noise, and a control trained on the outlines of other pictures. Edges are found in the drawn
 pictures by their colour gradient, and counted right within one pixel. Sized on other seeds. The base is as small as the budget and trained for
 this proof; depth and segments are other values of one option of the data and are not measured.
+
+As filed, all arms are poor: in two of three seeds the small auto-encoder keeps hardly an edge of real pictures (see the notes). The
+control is ahead of both baselines in each seed.
 """
 from dataclasses import fields
 from typing import Any

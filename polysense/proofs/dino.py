@@ -3,6 +3,9 @@
 A small convolutional tower with norms in its head: vision transformers need longer at this size. Data, steps and rates were chosen with other seeds
 on the first 2,000 test pictures of a fixed shuffle; the score is taken on others, never looked at before. The entropy of the teacher's answer is
 reported: 0 is collapse onto one answer, log(256) = 5.55 onto none.
+
+As filed: better than the untrained network in the mean, worse in one seed of three; without centring the teacher's entropy collapses, but the
+neighbours of its features do not get worse.
 """
 import torch
 
