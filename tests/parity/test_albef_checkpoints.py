@@ -96,7 +96,9 @@ def test_released_file_in_and_out(theirs, tmp_path):
 def test_a_retrieval_model_has_one_more_queue(theirs, tmp_path):
     _, state, _ = theirs
     torch.save({**state, "idx_queue": torch.zeros(1, 6)}, tmp_path / "flickr30k.pth")
-    import_(tmp_path, LAYOUT, lambda n: preset_of("albef", n))
+    ours, _ = import_(tmp_path, LAYOUT, lambda n: preset_of("albef", n))
+    torch.testing.assert_close(ours.image_head.weight, state["vision_proj.weight"], rtol=0, atol=0)
+    torch.testing.assert_close(ours.image_queue.keys, state["image_queue"].T, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("break_, says", [
