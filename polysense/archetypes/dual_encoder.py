@@ -6,14 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from polysense.base.system import After, Spec, System
+from polysense.base.system import After, Batch, Losses, Spec, System
+from polysense.objectives.contrastive import info_nce
 
 
 class DualEncoder(System):
     """Image and text towers, a head on each into a shared space, and a learned temperature.
 
     The temperature is stored as `log_scale` (CLIP, section 2.5: multiplied onto the cosines as exp(log_scale), kept at or below
-    `max_scale`). Features are normalised in float32 whatever the autocast type.
+    `max_scale`). Features are normalised in float32 whatever the autocast type. `embed` and `compare` are CLIP's objective in its two
+    halves; a system that adds terms, or compares otherwise, brings its own under other names.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,10 @@ class DualEncoder(System):
         """image [B,3,H,W] -> [B,D], unit norm."""
         return F.normalize(self.image_head(self.vision.pooled(image)).float(), dim=-1)
 
+    def from_features(self, features: Tensor) -> Tensor:
+        """Cached pooled features of the image tower [B,W] -> [B,D], unit norm: the tower is not run."""
+        return F.normalize(self.image_head(features).float(), dim=-1)
+
     def encode_text(self, text: Tensor) -> Tensor:
         """text [B,L] token ids -> [B,D], unit norm."""
         return F.normalize(self.text_head(self.text.pooled(text)).float(), dim=-1)
@@ -48,6 +54,15 @@ class DualEncoder(System):
     def encode_patches(self, image: Tensor) -> Tensor:
         """image [B,3,H,W] -> [B,h,w,D], unit norm: the tower's local features through the same head."""
         return F.normalize(self.image_head(self.vision.dense(image)).float(), dim=-1)
+
+    def embed(self, batch: Batch) -> dict[str, Tensor]:
+        """`image` and `text`, unit norm [B,D]. A batch with `features` of a locked image tower is used in place of its pictures."""
+        return {"image": self.from_features(batch["features"]) if "features" in batch else self.encode_image(batch["image"]),
+                "text": self.encode_text(batch["text"])}
+
+    def compare(self, seen: dict[str, Tensor]) -> Losses:
+        """The symmetric cross-entropy over all pairs of the global batch (Radford et al. 2021, figure 3)."""
+        return Losses(contrast=info_nce(seen["image"], seen["text"], self.scale))
 
     @torch.no_grad()
     def after_step(self, after: After) -> None:

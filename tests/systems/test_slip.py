@@ -26,7 +26,7 @@ def batch():
 
 def gradients(system, batch, weights):
     system.zero_grad()
-    system.compare(system.embed(batch)).total(weights).backward()
+    system.compare_views(system.embed_views(batch)).total(weights).backward()
     return {n: p.grad.clone() for n, p in system.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
 
 
@@ -49,7 +49,7 @@ def test_ssl_reaches_the_shared_tower_and_projector_but_no_text(slip, batch):
 def test_all_three_views_pass_the_same_tower(slip, batch):
     seen = []
     slip.vision.register_forward_hook(lambda m, args, out: seen.append(args[0]))
-    slip.embed(batch)
+    slip.embed_views(batch)
     assert len(seen) == 3 and sum(torch.equal(s, batch["image"]) for s in seen) == 1
 
 
@@ -65,7 +65,7 @@ def test_projector_has_three_layers_with_batch_norm_after_the_first_two():
 
 
 def test_projector_reads_the_feature_below_clips_head(slip, batch):
-    got = slip.embed(batch)["one"]
+    got = slip.embed_views(batch)["one"]
     torch.testing.assert_close(got, slip.projector(slip.vision(batch["views"][:, 0]).pooled))
 
 

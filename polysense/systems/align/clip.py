@@ -9,13 +9,10 @@ templates, re-normalise (`tasks.zero_shot`, `Pipeline.label`); scored on crops i
 """
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from polysense.archetypes.dual_encoder import DualEncoder
 from polysense.base.card import Card
-from polysense.base.system import Batch, Feed, ImagePlan, Losses, Optim, Preset, Stage, Start, TextPlan, ViewPlan, final
+from polysense.base.system import Feed, ImagePlan, Optim, Preset, Stage, Start, TextPlan, ViewPlan, final
 from polysense.nn.transformer import Transformer
-from polysense.objectives.contrastive import info_nce
 from polysense.towers.clip import body, resnet_pair, tiny_pair, vit_pair
 from polysense.weights import clip_hf, clip_open_clip, clip_openai
 
@@ -36,12 +33,6 @@ class CLIP(DualEncoder):
     @dataclass(frozen=True, kw_only=True)
     class Config(DualEncoder.Config):
         pass
-
-    def embed(self, batch: Batch) -> dict[str, Tensor]:
-        return {"image": self.encode_image(batch["image"]), "text": self.encode_text(batch["text"])}
-
-    def compare(self, seen: dict[str, Tensor]) -> Losses:
-        return Losses(contrast=info_nce(seen["image"], seen["text"], self.scale))
 
 
 def config(size: int, patch: int, image: Transformer.Config, text: Transformer.Config, dim: int, vocab: int = 49408, length: int = 77,

@@ -11,18 +11,14 @@ is used in place of its pictures, with the same loss. The six settings differ in
 from dataclasses import dataclass
 from typing import Any
 
-import torch.nn.functional as F
-from torch import Tensor
-
 from polysense.archetypes.dual_encoder import DualEncoder
 from polysense.base.card import Card
-from polysense.base.system import Batch, Feed, ImagePlan, Losses, Optim, Preset, Stage, Start, TextPlan, final
+from polysense.base.system import Feed, ImagePlan, Optim, Preset, Stage, Start, TextPlan, final
 from polysense.nn.block import PostNorm, PreNorm
 from polysense.nn.head import LinearBias, Nothing
 from polysense.nn.norm import LayerNorm
 from polysense.nn.residual import Basic, Stem
 from polysense.nn.transformer import Transformer
-from polysense.objectives.contrastive import info_nce
 from polysense.towers.bert import Bert
 from polysense.towers.resnet import ResNet
 from polysense.towers.vit import ViT
@@ -41,17 +37,6 @@ class LiT(DualEncoder):
     @dataclass(frozen=True, kw_only=True)
     class Config(DualEncoder.Config):
         pass
-
-    def embed(self, batch: Batch) -> dict[str, Tensor]:
-        return {"image": self.from_features(batch["features"]) if "features" in batch else self.encode_image(batch["image"]),
-                "text": self.encode_text(batch["text"])}
-
-    def from_features(self, features: Tensor) -> Tensor:
-        """Cached pooled features of the locked tower [B,W] -> [B,D], unit norm."""
-        return F.normalize(self.image_head(features).float(), dim=-1)
-
-    def compare(self, seen: dict[str, Tensor]) -> Losses:
-        return Losses(contrast=info_nce(seen["image"], seen["text"], self.scale))
 
 
 def config(image: Any, text: Bert.Config) -> LiT.Config:

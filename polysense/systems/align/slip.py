@@ -45,11 +45,11 @@ class SLIP(DualEncoder):
         super().__init__(c)
         self.projector, self.ssl_temperature = c.projector.build(), c.ssl_temperature
 
-    def embed(self, batch: Batch) -> dict[str, Tensor]:
+    def embed_views(self, batch: Batch) -> dict[str, Tensor]:
         one, two = (self.projector(self.vision.pooled(v)) for v in batch["views"].unbind(1))
-        return {"image": self.encode_image(batch["image"]), "text": self.encode_text(batch["text"]), "one": one, "two": two}
+        return {**self.embed(batch), "one": one, "two": two}
 
-    def compare(self, seen: dict[str, Tensor]) -> Losses:
+    def compare_views(self, seen: dict[str, Tensor]) -> Losses:
         return Losses(clip=info_nce(seen["image"], seen["text"], self.scale), ssl=nt_xent(seen["one"], seen["two"], self.ssl_temperature))
 
 
@@ -77,7 +77,7 @@ def sight(width: int, depth: int, heads: int) -> Transformer.Config:
 def tiny() -> Preset:
     text = ClipText.Config(vocab=4096, length=48, end=2, body=words(128, 3, 2))
     return preset(64, 16, sight(128, 4, 2), text, 128, (128, 512, 512, 64), "scenes", words=TextPlan(vocab=4096, length=48), stage=Stage(
-        objective=SLIP.compare, embed=SLIP.embed, steps=300, batch_size=128,
+        objective=SLIP.compare_views, embed=SLIP.embed_views, steps=300, batch_size=128,
         optim=Optim(lr=1e-3, weight_decay=0.1, betas=(0.9, 0.98), warmup=30, clip=1.0)))
 
 
@@ -85,5 +85,5 @@ def paper() -> Preset:
     """ViT-B/16 on YFCC15M, 25 epochs of batch 4096 (section 4; 50 and 100 epochs are the longer runs of table 5)."""
     text, epoch = ClipText.Config(vocab=49408, length=77, body=words(512, 12, 8)), 15_000_000 // 4096
     return preset(224, 16, sight(768, 12, 12), text, 512, (768, 4096, 4096, 256), "yfcc15m", words=TextPlan(vocab=49408, length=77), stage=Stage(
-        objective=SLIP.compare, embed=SLIP.embed, steps=25 * epoch, batch_size=4096,
+        objective=SLIP.compare_views, embed=SLIP.embed_views, steps=25 * epoch, batch_size=4096,
         optim=Optim(lr=3e-3, weight_decay=0.1, betas=(0.9, 0.98), warmup=epoch, final=1e-5 / 3e-3)))
