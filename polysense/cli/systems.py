@@ -144,7 +144,10 @@ def convert(source: Annotated[Path, typer.Argument(metavar="SRC", help="A publis
             system: Annotated[str, typer.Option("--system", metavar="ID", help="Which system the weights belong to.")],
             layout: Annotated[str, typer.Option("--layout", metavar="LAYOUT", help="Whose layout: hf, openai, open_clip, timm ...")],
             check: Annotated[Path | None, typer.Option(metavar="REF", help="A .safetensors file of inputs (image, text) and of the outputs "
-                                                       "(encode_image, encode_text) that the authors' code gave: compared first.")] = None,
+                                                       "(encode_image, encode_text) that the authors' code gave: compared first; where they "
+                                                       "differ, the usual causes are tried and named.")] = None,
+            settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="What the published file does not say about its "
+                                                               "configuration; may be given several times.")] = None,
             as_json: Json = False) -> None:
     """Translate weights between a published layout and ours; the direction follows from what SRC is.
 
@@ -153,11 +156,12 @@ def convert(source: Annotated[Path, typer.Argument(metavar="SRC", help="A publis
       polysense convert downloads/clip-vit-base-patch32 runs/b32 --system clip --layout hf
       polysense convert runs/clip exported --system clip --layout open_clip
       polysense convert ViT-B-32.pt runs/b32 --system clip --layout openai --check recorded.safetensors
+      polysense convert laion-b32 runs/laion --system clip --layout hf --check recorded.safetensors --set vision.body.block.mlp.act=gelu
     """
     from polysense.cli.converting import convert_weights
     from polysense.cli.out import json_out, say
 
-    told = convert_weights(source, target, system, layout, check)
+    told = convert_weights(source, target, system, layout, check, settings or ())
     if as_json:
         json_out(told)
         return

@@ -52,11 +52,16 @@ def compare(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float
         b = theirs[name]
         if a.shape != b.shape:
             raise UserError(f"{name} has shape {list(a.shape)} here and {list(b.shape)} there", "the sizes differ: check the configuration")
-        gap = (a.double() - b.double()).abs().max() / b.double().abs().max().clamp_min(1.0)
-        # a NaN is no agreement
-        gap = float(torch.nan_to_num(gap, nan=torch.inf))
-        if gap >= worst:
-            worst, where = gap, name
+        apart = gap({name: a}, {name: b})
+        if apart >= worst:
+            worst, where = apart, name
     if worst > tolerance:
         raise UserError(f"{where} differs by {worst:.2g}, more than {tolerance:.0e}", "usual causes: " + "; ".join(CAUSES))
     return worst
+
+
+def gap(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """Largest absolute difference over outputs of equal shapes, divided by the largest value where that is above one; NaN counts as infinite."""
+    apart = (float(torch.nan_to_num((a.double() - theirs[k].double()).abs().max() / theirs[k].double().abs().max().clamp_min(1.0), nan=torch.inf))
+             for k, a in ours.items())
+    return max(apart, default=0.0)

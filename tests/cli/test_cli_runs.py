@@ -149,6 +149,39 @@ def test_convert_there_and_back_is_the_same(place, tmp_path, capsys):
     assert "encode_image differs" in capsys.readouterr().err and not (tmp_path / "no").exists()
 
 
+def test_convert_names_what_a_published_file_did_not_say(place, tmp_path, capsys):
+    """The reference was made with an activation, an epsilon or a resize kernel that the file does not mention: each is found, and --set mends it."""
+    import torch
+
+    import polysense
+    from polysense.data.images import read_images
+
+    assert run("convert", place / "clip", tmp_path / "theirs", "--system", "clip", "--layout", "open_clip") == 0
+    pipeline = polysense.open(place / "clip", device="cpu")
+    acts = {line.partition(" = ")[0]: "gelu" for line in pipeline.preset.config.lines() if line.endswith(".act = 'quick_gelu'")}
+    assert acts and all(path.startswith("text.") for path in acts)
+    other = pipeline.preset.config.but(**acts).build().eval()
+    other.load_state_dict(pipeline.system.state_dict())
+    text, picture = torch.tensor([[1, 7, 9, 2], [1, 5, 2, 2]]), torch.randint(0, 256, (2, 90, 120, 3), dtype=torch.uint8)
+    plan = pipeline.preset.feed.image.but(resample="bilinear")
+    with torch.inference_mode():
+        save_file({"text": text, "encode_text": 7 * other.encode_text(text)}, tmp_path / "t.safetensors")
+        save_file({"picture": picture, "encode_image": other.encode_image(read_images(plan, list(picture.numpy())))}, tmp_path / "p.safetensors")
+        save_file({"text": text, "encode_text": other.encode_text(text)}, tmp_path / "act.safetensors")
+    words = ["convert", tmp_path / "theirs", tmp_path / "back", "--system", "clip", "--layout", "open_clip", "--check"]
+    capsys.readouterr()
+    assert run(*words, tmp_path / "act.safetensors") == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert "the activation gelu" in message and f"--set {min(acts)}=gelu" in message and not (tmp_path / "back").exists()
+    assert run(*words, tmp_path / "p.safetensors") == 2 and "bilinear kernel" in " ".join(capsys.readouterr().err.split())
+    assert run(*words, tmp_path / "t.safetensors") == 2 and "usual causes" in " ".join(capsys.readouterr().err.split())
+    assert run(*words, tmp_path / "act.safetensors", *(w for a in acts for w in ("--set", f"{a}=gelu"))) == 0
+    lines = set(polysense.open(tmp_path / "back").preset.config.lines())
+    assert all(f"{path} = 'gelu'" in lines for path in acts)
+    capsys.readouterr()
+    assert run(*words[:2], tmp_path / "bad", *words[3:-1], "--set", "vision.stem=1") == 2
+
+
 def test_report_is_one_file_with_everything(place, tmp_path, capsys):
     (tmp_path / "labels.txt").write_text("zero\none <b>bold</b>\n")
     run("exam", place / "clip", "retrieval", "--data", "digits")
