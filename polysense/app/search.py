@@ -44,25 +44,23 @@ def is_picture(query: Any) -> bool:
     return query.startswith(("http://", "https://")) or (os.path.splitext(query)[1].lower() in ENDINGS and os.path.isfile(query))
 
 
-def search(index: PhotoIndex, pipeline: Any, query: Any, k: int = 10, *, why: bool = True, rerank: int = 0,
+def search(index: PhotoIndex, pipeline: Any, query: Any, k: int = 10, *, of: str = "", why: bool = True, rerank: int = 0,
            out: str | Path | None = None) -> list[Hit]:
-    """The k pictures that fit a text or a picture best.
+    """The k pictures that fit a text, a picture, a sound or a video best.
 
-    `why` draws heat-maps where the system can encode patches or ground a text; with `out` their overlays are written there as PNG files.
-    `rerank`: so many of the best by cosine are judged once more by a system that reads text and picture together; their scores are then its
-    probabilities. UserError where the index was made by another model, the query is empty, or the system cannot do what is asked.
+    `of`: "audio" or "video" where the query is the path of one, for systems whose space holds those too. `why` draws heat-maps where the system can
+    encode patches or ground a text; with `out` their overlays are written there as PNG files. `rerank`: so many of the best by cosine are judged
+    once more by a system that reads text and picture together; their scores are then its probabilities. UserError where the index was made by
+    another model, the query is empty, or the system cannot do what is asked.
     """
     index.check(pipeline)
-    pictured = is_picture(query)
-    if not pictured and not query.strip():
-        raise UserError("the query is empty", "say what to look for, or give a picture")
-    asked: Any = decode(query) if pictured else query
-    vector = pipeline.encode(images=[asked])[0] if pictured else pipeline.encode(texts=[asked])[0]
+    pictured = bool(of) or is_picture(query)                 # not in words
+    vector = _vector(pipeline, query, of, pictured)
     able = why and ((pipeline.can("encode_patches") and pipeline.can("encode_text")) or (pipeline.can("ground_text") and not pictured))
     found_first = index.search(vector, max(k, rerank))
     if rerank:
         if pictured:
-            raise UserError("a picture cannot be looked for twice", "--rerank is for queries in words")
+            raise UserError(f"a {of or 'picture'} cannot be looked for twice", "--rerank is for queries in words")
         found_first = looked_again(pipeline, found_first[:rerank], query) + found_first[rerank:]
     hits = []
     for rank, found in enumerate(found_first[:k], 1):
@@ -74,6 +72,21 @@ def search(index: PhotoIndex, pipeline: Any, query: Any, k: int = 10, *, why: bo
                 reason.overlay().save(beside, "png")
         hits.append(Hit(rank, found.path, found.score, reason, str(file) if file else None))
     return hits
+
+
+def _vector(pipeline: Any, query: Any, of: str, pictured: bool) -> np.ndarray:
+    """The query's feature [D]."""
+    if of:
+        if of not in ("audio", "video"):
+            raise UserError(f"a query cannot be of {of!r}", "it is words, a picture, audio or video")
+        if not Path(query).is_file():
+            raise UserError(f"no file {str(query)!r}", "check the path")
+        return pipeline.encode(audios=[query])[0] if of == "audio" else pipeline.encode(videos=[query])[0]
+    if pictured:
+        return pipeline.encode(images=[decode(query)])[0]
+    if not query.strip():
+        raise UserError("the query is empty", "say what to look for, or give a picture")
+    return pipeline.encode(texts=[query])[0]
 
 
 def looked_again(pipeline: Any, found: Sequence[Found], query: str) -> list[Found]:

@@ -55,25 +55,29 @@ def index(photos: Photos, model: Model,
 def search(query: Annotated[str | None, typer.Argument(metavar="QUERY", help="What to look for, in words.", show_default=False)] = None,
            index: Annotated[Path, typer.Option(metavar="DIR", help="An index, or the folder of pictures that it was made of.")] = Path("."),
            image: Annotated[str | None, typer.Option(metavar="FILE", help="Look for pictures like this one instead.")] = None,
+           audio: Annotated[str | None, typer.Option(metavar="FILE", help="Look for pictures that go with this sound instead.")] = None,
+           video: Annotated[str | None, typer.Option(metavar="FILE", help="Look for pictures like this video instead.")] = None,
            count: Annotated[int, typer.Option("-k", "--count", metavar="N", min=1, help="How many pictures.")] = 10,
            rerank: Annotated[int, typer.Option(metavar="N", min=0, help="Look at the N best once more, with a system that reads words and picture "
                                                "together.")] = 0,
            why: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the answer with heat-maps of what matched: .png .jpg .html")] = None,
            model: Annotated[str | None, typer.Option("-m", "--model", metavar="RUN", help="The model, if it has moved since indexing.")] = None,
            system: System = None, layout: Layout = None, device: Device = None, as_json: Json = False) -> None:
-    """Search indexed pictures by words or by picture, and see why they were found.
+    """Search indexed pictures by words, by picture, or by a sound or video (systems with such a tower), and see why they were found.
 
     \b
     Examples
       polysense search "two dogs on grass" --index ~/photos
       polysense search "a red dress" --index ~/photos -k 20 --why answer.html
       polysense search --image holiday.jpg --index ~/photos --json
+      polysense search --audio rain.wav --index ~/photos
       polysense search "a red circle left of a square" --index ~/photos --rerank 32
     """
     from polysense.cli.out import json_out, note, say, table
 
-    if (query is None) == (image is None):
-        raise UserError("search takes words or --image, one of them", 'for instance: polysense search "a red circle" --index PHOTOS')
+    if [query, image, audio, video].count(None) != 3:
+        raise UserError("search takes words, --image, --audio or --video, one of them",
+                        'for instance: polysense search "a red circle" --index PHOTOS')
     if query is not None and not query.strip():
         raise UserError("the query is empty", "say what to look for")
     if image is not None and "://" not in image and not Path(image).is_file():
@@ -88,12 +92,12 @@ def search(query: Annotated[str | None, typer.Argument(metavar="QUERY", help="Wh
         if model is None and not (name and (Path(name).exists() or system)):
             raise UserError(f"the model {name!r} that made this index is not there", "say where it is with -m")
         pipeline = _open(name, system, layout, device)
-        asked = query if image is None else image if "://" in image else Path(image)
-        hits = ask(opened, pipeline, asked, count, why=why is not None, rerank=rerank)
+        asked = audio or video or (query if image is None else image if "://" in image else Path(image))
+        hits = ask(opened, pipeline, asked, count, of="audio" if audio else "video" if video else "", why=why is not None, rerank=rerank)
     if why:
-        note(f"wrote {write_results(hits, why, query or str(image))}")
+        note(f"wrote {write_results(hits, why, query or str(asked))}")
     if as_json:
-        json_out({"query": query, "image": image, "index": str(place), "hits": [h.to_json() for h in hits]})
+        json_out({"query": query, "image": image, "audio": audio, "video": video, "index": str(place), "hits": [h.to_json() for h in hits]})
     elif hits:
         table(("", "score", "picture"), [(h.rank, f"{h.score:.3f}", h.path) for h in hits], right=("", "score"))
     else:

@@ -1,9 +1,12 @@
 """ImageBind's essence (Girdhar et al. 2023)."""
+import json
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from fake import fake_batch
+from PIL import Image
 
 import polysense
 from polysense.base.catalogue import preset_of
@@ -206,6 +209,20 @@ def test_sounds_from_files_through_pipeline_and_command_line(tmp_path, monkeypat
     said = capsys.readouterr().out
     assert '"encoded": 2' in said and "torn.wav" in said
     np.testing.assert_allclose(np.load(tmp_path / "v.npz")["vector"], vectors, atol=1e-5)
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in "abc":
+        Image.fromarray(rng.integers(0, 255, (20, 20, 3), dtype=np.uint8)).save(photos / f"{name}.png")
+    assert main(["index", str(photos), "-m", str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    assert main(["search", "--audio", str(folder / "a.wav"), "--index", str(photos), "--why", str(tmp_path / "why.png"), "--json"]) == 0
+    hits = json.loads(capsys.readouterr().out)["hits"]
+    cosines = pipeline.encode(images=[h["path"] for h in hits]) @ vectors[0]
+    np.testing.assert_allclose([h["score"] for h in hits], cosines, atol=1e-4)
+    assert len(hits) == 3 and list(cosines) == sorted(cosines, reverse=True) and (tmp_path / "why.png").exists()
+    assert main(["search", "--audio", str(folder / "none.wav"), "--index", str(photos)]) == 2
+    assert main(["search", "--audio", str(folder / "torn.wav"), "--index", str(photos)]) == 2
+    assert main(["search", "rain", "--audio", str(folder / "a.wav"), "--index", str(photos)]) == 2
     with pytest.raises(UserError, match="not finite"):
         broken = Pipeline(small().build(), preset, id="imagebind")
         broken.system.audio.head.weight.data.fill_(float("nan"))
