@@ -33,6 +33,27 @@ class EncodesPatches(Protocol):
 
 
 @runtime_checkable
+class EncodesWords(Protocol):
+    def encode_words(self, text: Tensor) -> Tensor:
+        """text [B,L] token ids -> [B,L,D], unit norm, comparable with encode_patches; zeros where a token is padding: what `search --by late` asks."""
+        ...
+
+
+@runtime_checkable
+class EncodesImageTerms(Protocol):
+    def encode_image_terms(self, image: Tensor) -> Tensor:
+        """image [B,3,H,W] -> [B,V], the weight (>= 0, mostly 0) of each token of the text vocabulary: what an inverted index holds."""
+        ...
+
+
+@runtime_checkable
+class EncodesTextTerms(Protocol):
+    def encode_text_terms(self, text: Tensor) -> Tensor:
+        """text [B,L] token ids -> [B,V], weights as encode_image_terms gives them; their dot product is the score of `search --by sparse`."""
+        ...
+
+
+@runtime_checkable
 class EncodesVideo(Protocol):
     def encode_video(self, video: Tensor) -> Tensor:
         """video [B,T,3,H,W] -> [B,D], unit norm."""
@@ -207,6 +228,7 @@ class Subject(Protocol):
 
 CAPABILITIES: dict[str, type] = {
     "encode_image": EncodesImage, "encode_text": EncodesText, "encode_patches": EncodesPatches, "encode_video": EncodesVideo,
+    "encode_words": EncodesWords, "encode_image_terms": EncodesImageTerms, "encode_text_terms": EncodesTextTerms,
     "encode_video_parts": EncodesVideoParts, "encode_stream": StreamsVideo,
     "encode_audio": EncodesAudio, "encode_depth": EncodesDepth, "encode_thermal": EncodesThermal, "encode_imu": EncodesIMU,
     "match_text": MatchesText, "ground_text": GroundsText, "classify": Classifies, "generate_text": GeneratesText,
