@@ -35,7 +35,7 @@ class EncodesPatches(Protocol):
 @runtime_checkable
 class EncodesWords(Protocol):
     def encode_words(self, text: Tensor) -> Tensor:
-        """text [B,L] token ids -> [B,L,D], unit norm, comparable with encode_patches; zeros where a token is padding: what `search --by late` asks."""
+        """text [B,L] token ids -> [B,L,D], unit norm, comparable with encode_patches; zeros at padding: what `search --by late` asks."""
         ...
 
 
