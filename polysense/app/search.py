@@ -1,6 +1,6 @@
 """Asking a photo index, seeing why, and showing the answer.
 
-`search(index, pipeline, query, k=10, why=True, rerank=0, out=None) -> list[Hit]`, `contact_sheet(hits, query="") -> PIL.Image`,
+`search(index, pipeline, query, k=10, by="dense", why=True, rerank=0, out=None) -> list[Hit]`, `contact_sheet(hits, query="") -> PIL.Image`,
 `write_results(hits, path, query="") -> Path` (`.html` or a picture format).
 """
 import base64
@@ -16,25 +16,30 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from polysense.app.files import place
+from polysense.app.files import Progress, place
 from polysense.app.photos import Found, PhotoIndex
+from polysense.app.ways import able, ranked, shared_terms
 from polysense.base.errors import UserError
 from polysense.data.images import ENDINGS, decode
 from polysense.pipeline import Explanation, overlay
+from polysense.pipeline.words import explain_words
 
 
 @dataclass(frozen=True)
 class Hit:
     """A picture found: `rank` from 1, `score` the cosine with the query, `why` its heat-maps (None where the system has none, the file cannot
-    be read any more, or nobody asked), `heat` the file of the overlay where one was written."""
+    be read any more, or nobody asked), `heat` the file of the overlay where one was written; `terms` what met in a sparse search: (token, weight in
+    the text, weight in the picture), the most important first."""
     rank: int
     path: str
     score: float
     why: Explanation | None = None
     heat: str | None = None
+    terms: tuple[tuple[str, float, float], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        return {"rank": self.rank, "path": self.path, "score": self.score, "heat": self.heat, "why": self.why and self.why.to_json()}
+        return {"rank": self.rank, "path": self.path, "score": self.score, "heat": self.heat, "why": self.why and self.why.to_json(),
+                "terms": [{"term": t, "text": a, "picture": b} for t, a, b in self.terms]}
 
 
 def is_picture(query: Any) -> bool:
@@ -44,33 +49,38 @@ def is_picture(query: Any) -> bool:
     return query.startswith(("http://", "https://")) or (os.path.splitext(query)[1].lower() in ENDINGS and os.path.isfile(query))
 
 
-def search(index: PhotoIndex, pipeline: Any, query: Any, k: int = 10, *, of: str = "", why: bool = True, rerank: int = 0,
-           out: str | Path | None = None) -> list[Hit]:
+def search(index: PhotoIndex, pipeline: Any, query: Any, k: int = 10, *, of: str = "", by: str = "dense", why: bool = True, rerank: int = 0,
+           out: str | Path | None = None, progress: Progress | None = None) -> list[Hit]:
     """The k pictures that fit a text, a picture, a sound or a video best.
 
-    `of`: "audio" or "video" where the query is the path of one, for systems whose space holds those too. `why` draws heat-maps where the system can
+    `of`: "audio" or "video" where the query is the path of one, for systems whose space holds those too. `by`: one of `ways.WAYS`, for texts; scores
+    are then those of that way, and sparse search says which terms met. `why` draws heat-maps where the system can
     encode patches or ground a text; with `out` their overlays are written there as PNG files. `rerank`: so many of the best by cosine are judged
     once more by a system that reads text and picture together; their scores are then its probabilities. UserError where the index was made by
     another model, the query is empty, or the system cannot do what is asked.
     """
     index.check(pipeline)
     pictured = bool(of) or is_picture(query)                 # not in words
+    if by != "dense" and pictured:
+        raise UserError(f"a {of or 'picture'} cannot be looked for by {by}", "--by is for queries in words")
     vector = _vector(pipeline, query, of, pictured)
-    able = why and ((pipeline.can("encode_patches") and pipeline.can("encode_text")) or (pipeline.can("ground_text") and not pictured))
-    found_first = index.search(vector, max(k, rerank))
+    drawn = why and ((pipeline.can("encode_patches") and pipeline.can("encode_text")) or (pipeline.can("ground_text") and not pictured))
+    deep = max(k, rerank)
+    found_first = index.search(vector, deep) if by == "dense" else ranked(index, pipeline, query, deep, by=by, progress=progress)
     if rerank:
         if pictured:
             raise UserError(f"a {of or 'picture'} cannot be looked for twice", "--rerank is for queries in words")
         found_first = looked_again(pipeline, found_first[:rerank], query) + found_first[rerank:]
     hits = []
     for rank, found in enumerate(found_first[:k], 1):
-        reason = explain(pipeline, found.path, vector if pictured else query) if able else None
+        reason = explain(pipeline, found.path, vector if pictured else query, by) if drawn else None
         file = None
         if reason and out:
             file = Path(out) / f"{rank:03d}-{Path(found.path).stem}.png"
             with place(file) as beside:
                 reason.overlay().save(beside, "png")
-        hits.append(Hit(rank, found.path, found.score, reason, str(file) if file else None))
+        terms = shared_terms(index, pipeline, query, found.path) if by == "sparse" else ()
+        hits.append(Hit(rank, found.path, found.score, reason, str(file) if file else None, terms))
     return hits
 
 
@@ -102,9 +112,11 @@ def looked_again(pipeline: Any, found: Sequence[Found], query: str) -> list[Foun
     return sorted((Found(one.path, p) for one, p in zip(found, chance, strict=True)), key=lambda f: -f.score)
 
 
-def explain(pipeline: Any, path: str, query: str | np.ndarray) -> Explanation | None:
+def explain(pipeline: Any, path: str, query: str | np.ndarray, by: str = "dense") -> Explanation | None:
     """Heat-maps of one picture, or None where the file has gone or cannot be read since it was indexed."""
     try:
+        if by in ("late", "fused") and isinstance(query, str) and able(pipeline, "late"):
+            return explain_words(pipeline, path, query)
         if not pipeline.can("encode_patches") and isinstance(query, str):
             return pipeline.ground(path, query)
         return pipeline.explain(path, query)
@@ -135,7 +147,7 @@ def contact_sheet(hits: Sequence[Hit], query: str = "", *, columns: int = 5, sid
             for i, picture in enumerate([large, overlay(large, hit.why.whole.map)] if hit.why else [large]):
                 sheet.paste(picture, (x + (side - large.width) // 2, y + i * side + (side - large.height) // 2))
         y += deep - 2 * line - gap
-        words = ", ".join(h.word for h in hit.why.words) if hit.why else ""
+        words = ", ".join(t for t, *_ in hit.terms[:4]) or (", ".join(h.word for h in hit.why.words) if hit.why else "")
         draw.text((x, y + 1), _short(f"{hit.rank}. {hit.score:.3f} {words}", font, side), "black", font)
         draw.text((x, y + 1 + line), _short(Path(hit.path).name, font, side), "dimgrey", font)
     return sheet
@@ -171,7 +183,8 @@ def _figure(hit: Hit) -> str:
         pictures += [(hit.why.overlay(), "where it matches"), *((hit.why.overlay(h.word), h.word) for h in hit.why.words[:3])]
     shown = "".join(f"<small>{html.escape(p)}</small>" if isinstance(p, str) else
                     f'<img src="{_data(p)}" alt="{html.escape(t)}"><small>{html.escape(t)}</small>' for p, t in pictures)
-    return f"<figure>{shown}<figcaption><b>{hit.rank}. {hit.score:.3f}</b> {html.escape(_sayable(hit.path))}</figcaption></figure>\n"
+    terms = "".join(f"<br><small>{html.escape(t)} {a:.2f} × {b:.2f}</small>" for t, a, b in hit.terms[:6])
+    return f"<figure>{shown}<figcaption><b>{hit.rank}. {hit.score:.3f}</b> {html.escape(_sayable(hit.path))}{terms}</figcaption></figure>\n"
 
 
 def _data(picture: Image.Image) -> str:

@@ -17,6 +17,7 @@ Model = Annotated[str, typer.Option("-m", "--model", metavar="RUN", help="A run 
 def index(photos: Photos, model: Model,
           out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where the index lives.  [default: PHOTOS/.polysense-index]")] = None,
           system: System = None, layout: Layout = None, device: Device = None,
+          ways: Annotated[bool, typer.Option("--ways", help="Also make now what --by sparse and --by late will ask for.")] = False,
           forget: Annotated[list[str] | None, typer.Option("--forget", metavar="PATH", help="Take pictures or folders out of the index "
                                                            "instead; may be given several times.")] = None,
           as_json: Json = False) -> None:
@@ -41,6 +42,11 @@ def index(photos: Photos, model: Model,
             return
         with Bar("indexing", "pictures") as bar:
             told = made.update(photos, pipeline, progress=bar)
+        if ways:
+            from polysense.app.ways import prepare_ways
+
+            with Bar("other ways", "pictures") as bar:
+                prepare_ways(made, pipeline, bar)
         count = len(made)
     if as_json:
         json_out({"index": str(place), "pictures": count, **told.to_json()})
@@ -58,6 +64,8 @@ def search(query: Annotated[str | None, typer.Argument(metavar="QUERY", help="Wh
            audio: Annotated[str | None, typer.Option(metavar="FILE", help="Look for pictures that go with this sound instead.")] = None,
            video: Annotated[str | None, typer.Option(metavar="FILE", help="Look for pictures like this video instead.")] = None,
            count: Annotated[int, typer.Option("-k", "--count", metavar="N", min=1, help="How many pictures.")] = 10,
+           by: Annotated[str, typer.Option(metavar="WAY", help="dense: one vector a picture; sparse: shared terms, which are shown; late: each word "
+                                           "looks for its best patch; fused: all that the system can.")] = "dense",
            rerank: Annotated[int, typer.Option(metavar="N", min=0, help="Look at the N best once more, with a system that reads words and picture "
                                                "together.")] = 0,
            why: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the answer with heat-maps of what matched: .png .jpg .html")] = None,
@@ -71,9 +79,10 @@ def search(query: Annotated[str | None, typer.Argument(metavar="QUERY", help="Wh
       polysense search "a red dress" --index ~/photos -k 20 --why answer.html
       polysense search --image holiday.jpg --index ~/photos --json
       polysense search --audio rain.wav --index ~/photos
+      polysense search "a dog on grass" --index ~/photos --by fused --why answer.html
       polysense search "a red circle left of a square" --index ~/photos --rerank 32
     """
-    from polysense.cli.out import json_out, note, say, table
+    from polysense.cli.out import Bar, json_out, note, say, table
 
     if [query, image, audio, video].count(None) != 3:
         raise UserError("search takes words, --image, --audio or --video, one of them",
@@ -93,13 +102,17 @@ def search(query: Annotated[str | None, typer.Argument(metavar="QUERY", help="Wh
             raise UserError(f"the model {name!r} that made this index is not there", "say where it is with -m")
         pipeline = _open(name, system, layout, device)
         asked = audio or video or (query if image is None else image if "://" in image else Path(image))
-        hits = ask(opened, pipeline, asked, count, of="audio" if audio else "video" if video else "", why=why is not None, rerank=rerank)
+        with Bar(f"looking at pictures for {by} search", "pictures") as bar:
+            hits = ask(opened, pipeline, asked, count, of="audio" if audio else "video" if video else "", by=by, why=why is not None,
+                       rerank=rerank, progress=bar)
     if why:
         note(f"wrote {write_results(hits, why, query or str(asked))}")
     if as_json:
         json_out({"query": query, "image": image, "audio": audio, "video": video, "index": str(place), "hits": [h.to_json() for h in hits]})
     elif hits:
-        table(("", "score", "picture"), [(h.rank, f"{h.score:.3f}", h.path) for h in hits], right=("", "score"))
+        met = {h.rank: " ".join(f"{t} {a * b:.2f}" for t, a, b in h.terms[:4]) for h in hits}
+        head = ("", "score", "terms", "picture") if any(met.values()) else ("", "score", "picture")
+        table(head, [(h.rank, f"{h.score:.3f}", *([met[h.rank]] if "terms" in head else []), h.path) for h in hits], right=("", "score"))
     else:
         say("nothing found: the index is empty")
 
