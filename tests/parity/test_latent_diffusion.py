@@ -76,7 +76,7 @@ def test_a_pipelines_folder_in_three_steps_and_out(published, tmp_path):
     ours.vae.post_quant.register_forward_hook(lambda m, args, out: seen.append(args[0]))
     got = ours.generate_image(ids, steps=3, guidance=torch.tensor(3.0), noise=noise)
     torch.testing.assert_close(seen[0] * ours.scale, trail[-1], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-4)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
     torch.testing.assert_close(ours.context(ids), theirs[2](ours.whole(ids)).last_hidden_state, rtol=1e-4, atol=1e-4)
 
     export(ours.state_dict(), preset.config, recipe.weights["diffusers"], tmp_path / "back", preset.feed)
