@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polysense.base.system import After, Batch, Losses, Spec, System
-from polysense.objectives.contrastive import info_nce
+from polysense.nn.masking import Masking
+from polysense.objectives.contrastive import apart, info_nce, multi_positive
 
 
 class DualEncoder(System):
@@ -43,6 +44,10 @@ class DualEncoder(System):
         """image [B,3,H,W] -> [B,D], unit norm."""
         return F.normalize(self.image_head(self.vision.pooled(image)).float(), dim=-1)
 
+    def encode_part(self, image: Tensor, masking: Masking) -> Tensor:
+        """The same of the visible patches alone: the hidden ones are not computed."""
+        return F.normalize(self.image_head(self.vision(image, keep=masking.keep).pooled).float(), dim=-1)
+
     def from_features(self, features: Tensor) -> Tensor:
         """Cached pooled features of the image tower [B,W] -> [B,D], unit norm: the tower is not run."""
         return F.normalize(self.image_head(features).float(), dim=-1)
@@ -63,6 +68,10 @@ class DualEncoder(System):
     def compare(self, seen: dict[str, Tensor]) -> Losses:
         """The symmetric cross-entropy over all pairs of the global batch (Radford et al. 2021, figure 3)."""
         return Losses(contrast=info_nce(seen["image"], seen["text"], self.scale))
+
+    def contrast_by_label(self, seen: dict[str, Tensor]) -> Tensor:
+        """The same where samples of one `label` [B] are positives of each other, and those with a negative one of nobody."""
+        return multi_positive(seen["image"], seen["text"], self.scale, apart(seen["label"]))
 
     @torch.no_grad()
     def after_step(self, after: After) -> None:

@@ -55,6 +55,13 @@ def sigmoid_loss(image: Tensor, text: Tensor, scale: Tensor | float, bias: Tenso
     return sum_softplus(image, gather(text, at), scale, bias, pair=at.start) / at.share
 
 
+def apart(label: Tensor) -> Tensor:
+    """label [B], negative where a sample belongs to no class -> the same with a number of its own, which no other sample of the global batch
+    and no class has, in place of each negative one."""
+    at = places(label)
+    return torch.where(label < 0, -1 - at.start - torch.arange(len(label), device=label.device), label)
+
+
 def multi_positive(image: Tensor, text: Tensor, scale: Tensor | float, label: Tensor, text_label: Tensor | None = None) -> Tensor:
     """Label-aware contrast: all texts with the label of an image are its positives, equally, and the other way round. Scalar.
 

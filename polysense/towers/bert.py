@@ -29,7 +29,7 @@ class Bert(Tower):
         body: Transformer.Config
         norm_pre: Spec                       # of the embeddings, LayerNorm.Config(eps=1e-12) in BERT
         pad: int = 0
-        kinds: int = 2                       # segments
+        kinds: int = 2                       # segments; 0: no embedding of them
         dropout: float = 0.0                 # of the embeddings
         pooler: Spec | None = None
 
@@ -39,9 +39,9 @@ class Bert(Tower):
 
     def __init__(self, c: Config):
         super().__init__()
-        self.embed, self.kind = nn.Embedding(c.vocab, c.width), nn.Embedding(c.kinds, c.width)
+        self.embed, self.kind = nn.Embedding(c.vocab, c.width), nn.Embedding(c.kinds, c.width) if c.kinds else None
         self.position = nn.Parameter(torch.randn(1, c.length, c.width) * 0.02)
-        for table in (self.embed, self.kind):
+        for table in filter(None, (self.embed, self.kind)):
             nn.init.trunc_normal_(table.weight, std=0.02)
         self.norm_pre, self.dropout = build(c.norm_pre, width=c.width), nn.Dropout(c.dropout)
         self.body = c.body.build()
@@ -59,8 +59,10 @@ class Bert(Tower):
         if mask is None and cache is None:
             mask = text != self.pad
         mask = None if mask is None else mask.bool()
-        kinds = self.kind.weight[0] if kind is None else self.kind(kind)
-        x = self.dropout(self.norm_pre(self.embed(text) + self.position[:, start:start + text.shape[1]] + kinds))
+        x = self.embed(text) + self.position[:, start:start + text.shape[1]]
+        if self.kind is not None:
+            x = x + (self.kind.weight[0] if kind is None else self.kind(kind))
+        x = self.dropout(self.norm_pre(x))
         if source is None and not causal and cache is None:
             x = self.body(x, mask=mask, at=torch.zeros(len(x), dtype=torch.long, device=x.device) if short else None)
         else:

@@ -13,7 +13,7 @@ from polysense.nn.position import fit_positions, sincos_2d
 from polysense.nn.transformer import Transformer
 from polysense.towers.encoded import Encoded, Tower
 
-POOLS, DENSES, PLACES = ("cls", "mean", "none"), ("tokens", "values"), ("learned", "sincos", "none")
+POOLS, DENSES, PLACES = ("cls", "mean", "all", "none"), ("tokens", "values"), ("learned", "sincos", "none")
 
 Fill = tuple[Tensor, Tensor]                 # mask [B,N], True is hidden, and the token [1,1,D] that stands there instead
 
@@ -32,7 +32,8 @@ class ViT(Tower):
         body: Transformer.Config
         channels: int = 3
         prefix: int = 1                      # learned tokens in front: the class token, then distillation tokens or registers
-        pool: str = "cls"                    # pooled = "cls": the first token; "mean": of the patches; "none": all tokens, for a head that pools
+        pool: str = "cls"                    # pooled = "cls": the first token; "mean": of the patches; "all": of all tokens (FLIP);
+                                             # "none": all tokens, for a head that pools
         patch_bias: str = "patch"            # "patch": the patch embedding has a bias; "": it has not (CLIP)
         norm_pre: Spec | None = None         # before the blocks (CLIP)
         stem: Spec | None = None             # a convolutional tower (ResNet.Config) whose last map is patched (hybrid)
@@ -141,4 +142,4 @@ class ViT(Tower):
     def _pool(self, x: Tensor) -> Tensor:
         if self.pool == "none":
             return x
-        return x[:, 0] if self.pool == "cls" else x[:, self.prefix:].mean(1)
+        return x[:, 0] if self.pool == "cls" else x[:, 0 if self.pool == "all" else self.prefix:].mean(1)

@@ -2,6 +2,7 @@
 
 Both text layouts are read: plain, and below `text.` (CustomTextCLIP); the plain one is written.
 """
+from dataclasses import replace
 from typing import Any
 
 from polysense.base.errors import UserError
@@ -93,6 +94,16 @@ def feed(of: Feed) -> Dict:
     return {} if plan is None else {"preprocess_cfg": {
         "size": plan.size, "mode": "RGB", "mean": list(plan.mean), "std": list(plan.std), "interpolation": plan.resample,
         "resize_mode": "shortest" if plan.fit == "crop" else "squash"}}
+
+
+def layout(of: str, preset: str) -> Layout:
+    """The same for another system that is CLIP's ViT form once trained; `preset` is its own of that form."""
+    def read_vit(config: Dict, state: State) -> tuple[str, Dict]:
+        name, overrides = read(config, state)
+        if name == "rn50":
+            raise UserError(f"this file has a ResNet tower, {of} has a ViT", "open it as clip")
+        return preset, overrides
+    return replace(LAYOUT, of=of, read=read_vit)
 
 
 LAYOUT = Layout(of="clip", name="open_clip", keymap=keymap, read=read, write=write, feed=feed, config_file="open_clip_config.json",

@@ -6,6 +6,11 @@ SIGNS: dict[tuple[str, str], str] = {
     ("clip", "hf"): r"vision_model\.embeddings\.patch_embedding\.weight",
     ("clip", "openai"): r"visual\.conv1\.weight",
     ("clip", "open_clip"): r"visual\.(conv1\.weight|trunk\..*)",
+    ("flip", "open_clip"): r"visual\.conv1\.weight",
+    ("unicl", "official"): r"image_encoder\.layers\.0\.blocks\.0\.attn\.relative_position_bias_table",
+    ("slip", "official"): r"image_mlp\.layer1\.weight",
+    ("laclip", "official"): r"visual\.patch_embed\.proj\.weight",
+    ("laclip", "open_clip"): r"visual\.conv1\.weight",
     ("vit", "timm"): r"patch_embed\.proj\.weight",
     ("vit", "hf"): r"(vit\.)?embeddings\.patch_embeddings\.projection\.weight",
     ("resnet", "timm"): r"layer1\.0\.conv1\.weight",
@@ -38,6 +43,9 @@ SIGNS: dict[tuple[str, str], str] = {
     ("controlnet", "diffusers"): r"controlnet\.controlnet_cond_embedding\.conv_in\.weight",
     ("controlnet", "original"): r"control_model\.input_hint_block\.0\.weight",
     ("videomae", "hf"): r"videomae\.embeddings\.patch_embeddings\.projection\.weight",
+    ("vgg", "torchvision"): r"classifier\.0\.weight",
+    ("vgg", "timm"): r"pre_logits\.fc1\.weight",
+    ("alexnet", "torchvision"): r"classifier\.1\.weight",
     ("bert", "hf"): r"(bert\.)?embeddings\.word_embeddings\.weight",
 }
 

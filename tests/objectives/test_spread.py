@@ -10,16 +10,18 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
-from polysense.objectives.contrastive import info_nce, multi_positive, nt_xent, sigmoid_loss
+from polysense.objectives.contrastive import apart, info_nce, multi_positive, nt_xent, sigmoid_loss
 from polysense.objectives.spread import gather, places, spread, world
 
 N, D, RANKS = 9, 6, 2
 LABEL, TEXT_LABEL = torch.tensor([0, 0, 1, 2, 2, 3, 0, 1, 5]), torch.tensor([0, 1, 1, 2, 0, 3, 0, 1, 6])
+WEB = torch.tensor([0, -1, -1, 2, 0, -1, 0, 1, -1])          # -1: of no class, on both ranks
 LOSSES = {
     "info_nce": lambda a, b, s, part: info_nce(a, b, s),
     "nt_xent": lambda a, b, s, part: nt_xent(a, b, 1 / s),
     "sigmoid": lambda a, b, s, part: sigmoid_loss(a, b, s, -s / 3),
     "multi_positive": lambda a, b, s, part: multi_positive(a, b, s, LABEL[part], TEXT_LABEL[part]),
+    "triplets": lambda a, b, s, part: multi_positive(a, b, s, apart(WEB[part])),
 }
 
 

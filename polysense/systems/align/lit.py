@@ -14,14 +14,11 @@ from typing import Any
 from polysense.archetypes.dual_encoder import DualEncoder
 from polysense.base.card import Card
 from polysense.base.system import Feed, ImagePlan, Optim, Preset, Stage, Start, TextPlan, final
-from polysense.nn.block import PostNorm, PreNorm
 from polysense.nn.head import LinearBias, Nothing
-from polysense.nn.norm import LayerNorm
 from polysense.nn.residual import Basic, Stem
-from polysense.nn.transformer import Transformer
 from polysense.towers.bert import Bert
 from polysense.towers.resnet import ResNet
-from polysense.towers.vit import ViT
+from polysense.towers.shapes import bert, plain_vit
 
 card = Card(
     name="LiT", paper="Zhai et al., LiT: Zero-Shot Transfer with Locked-image text Tuning, CVPR 2022",
@@ -45,18 +42,6 @@ def config(image: Any, text: Bert.Config) -> LiT.Config:
                       text_head=LinearBias.Config(into=text.width, out=image.width, std=text.width ** -0.5), scale=10.0)
 
 
-def sight(size: int, patch: int, width: int, depth: int, heads: int) -> ViT.Config:
-    norm = LayerNorm.Config(eps=1e-6)
-    return ViT.Config(image_size=size, patch=patch, body=Transformer.Config(
-        width=width, depth=depth, heads=heads, norm=norm, block=PreNorm.Config(norm=norm)))
-
-
-def words(vocab: int, length: int, width: int, depth: int, heads: int) -> Bert.Config:
-    norm = LayerNorm.Config(eps=1e-12)
-    return Bert.Config(vocab=vocab, length=length, norm_pre=norm, body=Transformer.Config(
-        width=width, depth=depth, heads=heads, norm=None, block=PostNorm.Config(norm=norm)))
-
-
 def tower() -> ResNet.Config:
     """The tower of `supervised` tiny, which lends its weights."""
     return ResNet.Config(layers=(1, 1, 1, 1), base=24, stem=Stem.Config(kernel=3, stride=2, pool=0), block=Basic.Config())
@@ -69,7 +54,7 @@ IMAGE, TEXT = Start(into="vision", from_="supervised", take="backbone"), Start(i
 
 def _tiny(trainable: tuple[str, ...], *starts: Start) -> Preset:
     return Preset(
-        data="scenes:combos", starts=starts, config=config(tower(), words(2048, 32, 128, 2, 2)),
+        data="scenes:combos", starts=starts, config=config(tower(), bert(2048, 32, 128, 2, 2)),
         feed=Feed(image=ImagePlan(size=64, mean=HALF, std=HALF), text=TextPlan(kind="wordpiece", vocab=2048, length=32)),
         stages=(Stage(objective=LiT.compare, embed=LiT.embed, trainable=trainable, steps=300, batch_size=128,
                       optim=Optim(lr=1e-3, weight_decay=1e-4, warmup=30, clip=1.0)),))
@@ -108,7 +93,7 @@ def tiny_uL() -> Preset:
 def paper() -> Preset:
     """The public model of section 5.1: ViT-L/16 (ImageNet-21k AugReg), BERT-large, 60k steps of batch 16,384."""
     return Preset(
-        data="yfcc100m_clip+cc12m", config=config(sight(224, 16, 1024, 24, 16), words(30_522, 16, 1024, 24, 16).but(length=512)),
+        data="yfcc100m_clip+cc12m", config=config(plain_vit(224, 16, 1024, 24, 16), bert(30_522, 512, 1024, 24, 16)),
         starts=(Start(into="vision", from_="vit", take="backbone", preset="paper"),),
         feed=Feed(image=ImagePlan(size=224, fit="squash", resample="bilinear", mean=HALF, std=HALF),
                   text=TextPlan(kind="wordpiece", vocab=30_522, length=16)),

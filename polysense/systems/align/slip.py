@@ -16,14 +16,15 @@ from polysense.base.card import Card
 from polysense.base.system import Batch, Feed, ImagePlan, Losses, Optim, Preset, Spec, Stage, TextPlan, ViewPlan, final
 from polysense.nn.attention import Attention
 from polysense.nn.block import PreNorm
-from polysense.nn.head import Linear, Projector
+from polysense.nn.head import Projector
 from polysense.nn.init import ClipInit
 from polysense.nn.mlp import MLP
-from polysense.nn.norm import LayerNorm
 from polysense.nn.transformer import Transformer
 from polysense.objectives.contrastive import info_nce, nt_xent
 from polysense.towers.clip_text import ClipText
+from polysense.towers.shapes import heads, vit_body
 from polysense.towers.vit import ViT
+from polysense.weights import slip_official
 
 card = Card(
     name="SLIP", paper="Mu et al., SLIP: Self-supervision meets Language-Image Pre-training, ECCV 2022",
@@ -32,6 +33,8 @@ card = Card(
 )
 
 PARAMETERS = 170_608_129                     # ViT-B/16 85.8M, text tower 63.1M, heads 0.7M, projector 21.0M; the paper gives no total
+
+weights = {"official": slip_official.LAYOUT}
 
 
 @final
@@ -60,7 +63,7 @@ def preset(size: int, patch: int, image: Transformer.Config, text: ClipText.Conf
         data=data, stages=(stage,),
         feed=Feed(image=ImagePlan(size=size), train_image=ViewPlan(size=size, scale=(0.5, 1.0)), views=(strong, strong), text=words),
         config=SLIP.Config(vision=ViT.Config(image_size=size, patch=patch, body=image), text=text, projector=Projector.Config(widths=projector),
-                           image_head=Linear.Config(into=image.width, out=dim), text_head=Linear.Config(into=text.width, out=dim)))
+                           **heads(image.width, text.width, dim)))
 
 
 def words(width: int, depth: int, heads: int) -> Transformer.Config:
@@ -68,15 +71,9 @@ def words(width: int, depth: int, heads: int) -> Transformer.Config:
                               block=PreNorm.Config(attn=Attention.Config(), mlp=MLP.Config(act="quick_gelu")))
 
 
-def sight(width: int, depth: int, heads: int) -> Transformer.Config:
-    """timm's ViT: exact GELU, epsilon 1e-6, no norm before the blocks."""
-    return Transformer.Config(width=width, depth=depth, heads=heads, block=PreNorm.Config(norm=LayerNorm.Config(eps=1e-6)),
-                              norm=LayerNorm.Config(eps=1e-6))
-
-
 def tiny() -> Preset:
     text = ClipText.Config(vocab=4096, length=48, end=2, body=words(128, 3, 2))
-    return preset(64, 16, sight(128, 4, 2), text, 128, (128, 512, 512, 64), "scenes", words=TextPlan(vocab=4096, length=48), stage=Stage(
+    return preset(64, 16, vit_body(128, 4, 2), text, 128, (128, 512, 512, 64), "scenes", words=TextPlan(vocab=4096, length=48), stage=Stage(
         objective=SLIP.compare_views, embed=SLIP.embed_views, steps=300, batch_size=128,
         optim=Optim(lr=1e-3, weight_decay=0.1, betas=(0.9, 0.98), warmup=30, clip=1.0)))
 
@@ -84,6 +81,6 @@ def tiny() -> Preset:
 def paper() -> Preset:
     """ViT-B/16 on YFCC15M, 25 epochs of batch 4096 (section 4; 50 and 100 epochs are the longer runs of table 5)."""
     text, epoch = ClipText.Config(vocab=49408, length=77, body=words(512, 12, 8)), 15_000_000 // 4096
-    return preset(224, 16, sight(768, 12, 12), text, 512, (768, 4096, 4096, 256), "yfcc15m", words=TextPlan(vocab=49408, length=77), stage=Stage(
+    return preset(224, 16, vit_body(768, 12, 12), text, 512, (768, 4096, 4096, 256), "yfcc15m", words=TextPlan(vocab=49408, length=77), stage=Stage(
         objective=SLIP.compare_views, embed=SLIP.embed_views, steps=25 * epoch, batch_size=4096,
         optim=Optim(lr=3e-3, weight_decay=0.1, betas=(0.9, 0.98), warmup=epoch, final=1e-5 / 3e-3)))

@@ -1,0 +1,38 @@
+"""Shapes of towers that several systems share: values, no weights."""
+from typing import Any
+
+from polysense.nn.block import PostNorm, PreNorm
+from polysense.nn.head import Linear, Nothing
+from polysense.nn.norm import LayerNorm
+from polysense.nn.transformer import Transformer
+from polysense.towers.bert import Bert
+from polysense.towers.vit import ViT
+
+EPS = LayerNorm.Config(eps=1e-6)
+
+
+def vit_body(width: int, depth: int, heads: int) -> Transformer.Config:
+    """timm's ViT: exact GELU, epsilon 1e-6, no norm before the blocks."""
+    return Transformer.Config(width=width, depth=depth, heads=heads, norm=EPS, block=PreNorm.Config(norm=EPS))
+
+
+def plain_vit(size: int, patch: int, width: int, depth: int, heads: int, **more: Any) -> ViT.Config:
+    """timm's ViT as a tower; `more` are fields of ViT.Config."""
+    return ViT.Config(image_size=size, patch=patch, body=vit_body(width, depth, heads), **more)
+
+
+def bert(vocab: int, length: int, width: int, depth: int, heads: int) -> Bert.Config:
+    """BERT: post-norm blocks, epsilon 1e-12, two segments."""
+    norm = LayerNorm.Config(eps=1e-12)
+    return Bert.Config(vocab=vocab, length=length, norm_pre=norm, body=Transformer.Config(
+        width=width, depth=depth, heads=heads, norm=None, block=PostNorm.Config(norm=norm)))
+
+
+def pre_norm_bert(vocab: int, length: int, width: int, depth: int, heads: int) -> Bert.Config:
+    """A text tower that looks both ways, built like the ViT: norms before the branches and one at the end, no segments; read at its first token."""
+    return Bert.Config(vocab=vocab, length=length, norm_pre=Nothing.Config(), kinds=0, body=vit_body(width, depth, heads))
+
+
+def heads(image: int, text: int, dim: int) -> dict[str, Any]:
+    """`image_head text_head` of a DualEncoder: projections without bias into `dim`."""
+    return {"image_head": Linear.Config(into=image, out=dim), "text_head": Linear.Config(into=text, out=dim)}
