@@ -177,6 +177,14 @@ class DecodesCodes(Protocol):
 
 
 @runtime_checkable
+class MarksKeypoints(Protocol):
+    def keypoints(self, image: Tensor, boxes: Tensor) -> Tensor:
+        """image [B,3,H,W], boxes [B,N,4] (x0 y0 x1 y1 in [0,1]) -> [B,N,K,3], the parts of the thing in each box: x y in [0,1] and 1, or zeros where
+        it is hidden."""
+        ...
+
+
+@runtime_checkable
 class RendersView(Protocol):
     def render_view(self, origin: Tensor, direction: Tensor) -> Tensor: ...
 
@@ -235,7 +243,8 @@ CAPABILITIES: dict[str, type] = {
     "generate_image": GeneratesImage,
     "sample_image": SamplesImage,
     "attend": Attends, "reconstruct": Reconstructs, "encode_codes": EncodesCodes, "decode_codes": DecodesCodes,
-    "segment": Segments, "detect": Detects, "render_view": RendersView, "answer_about_video": AnswersAboutVideo, "ask": Asks,
+    "segment": Segments, "detect": Detects, "keypoints": MarksKeypoints, "render_view": RendersView, "answer_about_video": AnswersAboutVideo,
+    "ask": Asks,
 }
 
 

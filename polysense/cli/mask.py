@@ -67,6 +67,7 @@ def detect(photo: Photo, model: Model,
            out: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the boxes into the picture.")] = None,
            threshold: Annotated[float, typer.Option(metavar="P", min=0, max=1, help="Least probability.")] = 0.5,
            top: Annotated[int, typer.Option(metavar="N", min=1, help="How many boxes at most.")] = 100,
+           keypoints: Annotated[bool, typer.Option("--keypoints", help="Mark the parts of what is found as well (systems that do).")] = False,
            system: System = None, layout: Layout = None, device: Device = None, as_json: Json = False) -> None:
     """Find things: any words with a system that compares pictures and texts, its own classes with one that detects.
 
@@ -75,6 +76,7 @@ def detect(photo: Photo, model: Model,
       polysense detect street.jpg -m runs/clip --label "a dog" --label "a car" --out found.png
       polysense detect street.jpg -m runs/clip --labels labels.txt --json
       polysense detect scene.png -m runs/pix2seq_v2 --threshold 0.3
+      polysense detect scene.png -m runs/pix2seq_v2 --keypoints --out marked.png --json
     """
     png(out)
     if labels is not None and not labels.is_file():
@@ -85,7 +87,11 @@ def detect(photo: Photo, model: Model,
 
     names = [*(label or []), *(line.strip() for line in (labels.read_text(encoding="utf-8").splitlines() if labels else []) if line.strip())]
     picture = decode(photo)
-    found = _open(model, system, layout, device).detect(picture, names or None, threshold=threshold, top=top)
+    pipeline = _open(model, system, layout, device)
+    if keypoints and not pipeline.can("keypoints"):
+        raise UserError(f"{pipeline.id or 'this system'} marks no key points", "leave --keypoints out")
+    found = pipeline.detect(picture, names or None, threshold=threshold, top=top)
+    found = pipeline.keypoints(picture, found) if keypoints else found
     if out:
         from polysense.pipeline.mask import boxed
 

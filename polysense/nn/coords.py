@@ -6,6 +6,7 @@ from torch import Tensor
 
 from polysense.base.errors import UserError
 from polysense.base.spec import Spec
+from polysense.nn.position import sincos
 
 END, DETECT, SEGMENT, KEYPOINTS, CAPTION, FAKE, SEPARATOR, HIDDEN = 0, 10, 11, 12, 13, 30, 40, 41        # tokens that every vocabulary has
 
@@ -39,6 +40,18 @@ class Vocabulary(Spec):
         if not HIDDEN < self.class_from <= self.class_from + len(self.classes) <= self.bins_from <= self.bins_from + self.bins <= self.text_from:
             raise UserError(f"the ranges from {self.class_from}, {self.bins_from} and {self.text_from} overlap",
                             "special tokens, classes, bins and words follow each other")
+
+    @torch.no_grad()
+    def order(self, table: Tensor) -> None:
+        """Gives the rows [bins,D] of the bins in a table [size,D] sines and cosines of their number, of the table's own deviation: neighbours are
+        born alike, so that short runs need not learn the order of numbers first. Not in the paper, whose runs are long."""
+        rows = sincos(table.shape[1], torch.arange(self.bins, device="cpu"), base=2.0 * self.bins).to(table)
+        table[self.bins_from:self.bins_from + self.bins] = rows * (2 ** 0.5 * table.std())
+
+    def random_class(self, like: Tensor) -> Tensor:
+        """What a decoder reads in place of classes, of the shape of `like`: any class, or "fake"."""
+        kind = self.class_from + torch.randint(len(self.classes), like.shape, device=like.device)
+        return torch.where(torch.rand(like.shape, device=like.device) < 0.5, kind, FAKE)
 
     def box_tokens(self, boxes: Tensor) -> Tensor:
         """boxes [...,4] (x0 y0 x1 y1) -> ymin xmin ymax xmax as tokens."""

@@ -28,7 +28,7 @@ from polysense.pipeline import pairs
 from polysense.pipeline.clips import Clips
 from polysense.pipeline.draw import generate
 from polysense.pipeline.heat import NEUTRAL, Detection, Explanation, Heat, Labelled, content_words, heat_maps, overlay
-from polysense.pipeline.mask import Segmentation, detect, segment
+from polysense.pipeline.mask import Segmentation, detect, keypoints, segment
 from polysense.pipeline.open import best_device, digest_of, find
 from polysense.pipeline.pictures import to_pictures
 from polysense.pipeline.scene import render
@@ -243,6 +243,10 @@ class Pipeline(Clips, Talk):
         """`turn` views of a learned scene, from around it: `elevation` and `start` in degrees, `size` in pixels, `distance` of the camera from the
         origin and `fov` in radians (None: the system's own)."""
         return render(self, turn, elevation, size, start, distance, fov)
+
+    def keypoints(self, image: Any, found: Sequence[Detection]) -> list[Detection]:
+        """What `detect` found in a picture, with the places of its parts."""
+        return keypoints(self, image, found)
 
     def detect(self, image: Any, labels: Sequence[str] | None = None, *, templates: str | Sequence[str] = TEMPLATES,
                backgrounds: Sequence[str] = BACKGROUNDS,

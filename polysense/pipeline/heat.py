@@ -31,13 +31,16 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Detection:
-    """One thing found in a picture: `box` is x0 y0 x1 y1 in [0, 1], `score` a probability."""
+    """One thing found in a picture: `box` is x0 y0 x1 y1 in [0, 1], `score` a probability, `points` x y of its parts (None: hidden), where
+    they were asked for."""
     label: str
     score: float
     box: tuple[float, float, float, float]
+    points: tuple[tuple[float, float] | None, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        return {"label": self.label, "score": self.score, "box": list(self.box)}
+        points = {"points": [p and list(p) for p in self.points]} if self.points else {}
+        return {"label": self.label, "score": self.score, "box": list(self.box), **points}
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -143,13 +143,32 @@ def detect(pipeline: Any, image: Any, labels: Sequence[str] | None, threshold: f
     return [d for d in out if not labels or d.label in labels][:top]
 
 
+def keypoints(pipeline: Any, image: Any, found: Sequence[Detection]) -> list[Detection]:
+    """See `Pipeline.keypoints`."""
+    pipeline._need("keypoints")
+    if not found:
+        return []
+    picture = decode(image)
+    frame = window(picture.size, pipeline._image_plan())
+    corners = [[*inside(frame, d.box[:2]), *inside(frame, d.box[2:])] for d in found]
+    with torch.inference_mode(), autocast("auto", pipeline.device)(True):
+        marked = pipeline.system.keypoints(pipeline.read_images([picture]), torch.tensor([corners], device=pipeline.device))[0].float().cpu()
+    low, extent = torch.tensor(frame[:2]), torch.tensor([frame[2] - frame[0], frame[3] - frame[1]])
+    places, shown = (marked[..., :2] * extent + low).clamp(0, 1), marked[..., 2] > 0
+    return [replace(d, points=tuple((float(x), float(y)) if there else None for (x, y), there in zip(xy, seen, strict=True)))
+            for d, xy, seen in zip(found, places.tolist(), shown.tolist(), strict=True)]
+
+
 def boxed(image: Image.Image, found: Sequence[Detection]) -> Image.Image:
-    """The picture with its detections drawn, one colour a label."""
+    """The picture with its detections drawn, one colour a label, and their key points where they have some."""
     drawn, names = image.convert("RGB"), list(dict.fromkeys(d.label for d in found))
     pen, (w, h) = ImageDraw.Draw(drawn), drawn.size
     for d in reversed(found):
         colour, box = COLOURS[names.index(d.label) % len(COLOURS)], [v * s for v, s in zip(d.box, (w, h, w, h), strict=True)]
         pen.rectangle(tuple(box), outline=colour, width=max(1, min(w, h) // 150))
+        r = max(1, min(w, h) // 100)
+        for x, y in (p for p in d.points if p is not None):
+            pen.ellipse((x * w - r, y * h - r, x * w + r, y * h + r), fill=colour, outline="white")
         text = f"{d.label} {d.score:.2f}"
         left, top, right, bottom = pen.textbbox((box[0], max(0, box[1] - 11)), text)
         pen.rectangle((left, top, right, bottom), fill=colour)

@@ -54,3 +54,26 @@ def test_detect_says_who_can_where_a_system_cannot(run, photo, capsys):
     assert main(["detect", str(photo), "-m", str(run), "--label", "a dog"]) == 2
     assert "cannot" in capsys.readouterr().err
     assert main(["detect", str(photo), "-m", str(run), "--labels", "/no/such.txt"]) == 2
+
+
+def test_key_points_are_drawn_and_told(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(["train", "pix2seq_v2", "--data", "scenes?n=8", "--steps", "1", "--out", str(out), "--json", "stages.0.batch_size=2"]) == 0
+    assert main(["data", "get", "scenes?n=1", str(tmp_path / "photos"), "-n", "1"]) == 0
+    photo = str(next(p for p in (tmp_path / "photos").rglob("*") if p.suffix in (".png", ".jpg")))
+    capsys.readouterr()
+    words = ["detect", photo, "-m", str(out), "--threshold", "0", "--json"]
+    assert main([*words, "--keypoints", "--out", str(tmp_path / "marked.png")]) == 0
+    marked = json.loads(capsys.readouterr().out)["found"]
+    assert main([*words, "--out", str(tmp_path / "plain.png")]) == 0
+    plain = json.loads(capsys.readouterr().out)["found"]
+    assert marked and [{k: v for k, v in d.items() if k != "points"} for d in marked] == plain and all(len(d["points"]) == 5 for d in marked)
+    if any(p for d in marked for p in d["points"]):
+        assert not np.array_equal(*(np.asarray(Image.open(tmp_path / f"{n}.png")) for n in ("marked", "plain")))
+
+
+def test_key_points_are_refused_where_a_system_marks_none(run, photo, capsys):
+    capsys.readouterr()
+    assert main(["detect", str(photo), "-m", str(run), "--keypoints"]) == 2
+    err = capsys.readouterr().err
+    assert "marks no key points" in err and err.count("\n") == 1

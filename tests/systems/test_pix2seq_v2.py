@@ -26,6 +26,7 @@ from polysense.nn.coords import (
     noise_boxes,
     quantise,
 )
+from polysense.nn.position import sincos_2d
 from polysense.pipeline import Pipeline
 from polysense.tasks import take
 from polysense.tasks.detection import precision
@@ -199,12 +200,84 @@ def test_fake_is_never_returned_and_all_objects_are_written(system, batch):
     assert score.max() < 1e-6 and boxes.min() >= 0 and boxes.max() <= 1
 
 
+def test_a_list_without_noise_ends_where_the_end_is_likelier_than_any_number(batch):
+    torch.manual_seed(0)
+    plain = preset_of("pix2seq_v2").config.but(fill="end").build().eval()
+    said = []
+    start = plain.decoder.start
+
+    def ending(*args, **kw):                 # END is certain from the third object on
+        logits, writer = start(*args, **kw)
+
+        def write(token):
+            said.append(token)
+            out = writer(token).clone()
+            out[:, END] = 50.0 if len(said) >= 10 else -50.0
+            return out
+        return logits, write
+    plain.decoder.start = ending
+    _, kind, score = plain.detect(batch["image"])
+    assert (score[:, 2:] == 0).all() and (kind[:, 2:] == -1).all() and (score[:, :2] > 0).any()
+
+
+def test_tasks_that_are_left_out_are_not_learned_and_change_no_other(batch):
+    base = preset_of("pix2seq_v2").config
+    torch.manual_seed(0)
+    one = base.but(tasks=("detect",)).build()
+    torch.manual_seed(0)
+    all_ = base.build()
+    torch.manual_seed(5)
+    alone = one.write(batch)
+    torch.manual_seed(5)
+    assert set(alone) == {"detect"} and torch.equal(alone["detect"], all_.write(batch)["detect"])
+    for wrong in ((), ("detect", "depth")):
+        with pytest.raises(UserError, match="some of detect"):
+            base.but(tasks=wrong).build()
+
+
+def test_bins_born_in_order_are_like_their_neighbours_and_nothing_else_is_touched():
+    v = Vocabulary(classes=("a",), bins=32, bins_from=150, text_from=200, words=20)
+    torch.manual_seed(0)
+    table = torch.randn(v.size, 64) * 0.02
+    before = table.clone()
+    v.order(table)
+    assert torch.equal(table[:150], before[:150]) and torch.equal(table[182:], before[182:])
+    rows = torch.nn.functional.normalize(table[150:182], dim=1)
+    near, far = (rows @ rows.T).diagonal(1), (rows @ rows.T).diagonal(16)
+    assert near.min() > 0.9 and far.max() < 0.7 and float(table[150:182].std()) == pytest.approx(0.02, rel=0.2)
+
+
+def test_places_are_born_as_sines_so_that_what_is_seen_says_where_it_is(system):
+    assert system.position.requires_grad
+    torch.testing.assert_close(system.position.detach(), sincos_2d(128, (8, 8)))
+
+
 def test_score_is_the_probability_of_the_class_and_best_comes_first(system, batch):
     boxes, kind, score = system.eval().detect(batch["image"])
     real = torch.where(kind >= 0, score, -1.0)
     assert (real.diff(dim=1) <= 1e-6).all() and (score <= 1).all()
     again = system.detect(batch["image"])
     assert torch.equal(boxes, again[0]), "drawn with its own seed"
+
+
+def test_key_points_are_the_likeliest_numbers_or_hidden(system, batch):
+    """A decoder that always writes the same five points, the third of them hidden."""
+    places = torch.tensor([[0.1, 0.2], [0.3, 0.4], [0.5, 0.5], [0.6, 0.7], [0.8, 0.9]])
+    written = system.v.place_tokens(places)
+    written[5] = HIDDEN                      # half a point is none
+
+    def tokens(seen, prompt, count, choose):
+        assert count == 10 and (prompt[:, 0] == KEYPOINTS).all()
+        logits = torch.zeros(1, system.v.size)
+        logits[0, HIDDEN] = 1.0
+        assert choose(logits).item() == HIDDEN
+        logits[0, system.v.bins_from + 7], logits[0, 5] = 2.0, 9.0
+        assert choose(logits).item() == system.v.bins_from + 7, "nothing but numbers and hidden"
+        return written[None].expand(len(seen), -1)
+    system.tokens = tokens
+    got = system.eval().keypoints(batch["image"], batch["boxes"].clamp(0, 1))
+    assert got.shape == (4, 2, 5, 3) and got[0, 0, :, 2].tolist() == [1, 1, 0, 1, 1] and (got[0, 0, 2] == 0).all()
+    assert (got[0, 0, [0, 1, 3, 4], :2] - places[[0, 1, 3, 4]]).abs().max() <= 0.0051
 
 
 def test_masks_are_the_share_of_drawn_outlines(system, batch):
@@ -283,6 +356,10 @@ def test_pipeline_finds_outlines_and_describes(system, tmp_path):
     pipeline = Pipeline(system, preset_of("pix2seq_v2"), Words(), id="pix2seq_v2")
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (80, 64, 3), dtype=np.uint8)).save(tmp_path / "a.png")
     found = pipeline.detect(tmp_path / "a.png", threshold=0.0)
+    marked = pipeline.keypoints(tmp_path / "a.png", found)
+    assert [(m.label, m.box) for m in marked] == [(d.label, d.box) for d in found] and all(len(m.points) == 5 for m in marked)
+    assert all(p is None or (0 <= p[0] <= 1 and 0.1 <= p[1] <= 0.9) for m in marked for p in m.points), "in the square that is read"
+    assert pipeline.keypoints(tmp_path / "a.png", []) == [] and "points" in marked[0].to_json() and "points" not in found[0].to_json()
     assert found and all(d.label in system.classes for d in found)
     assert pipeline.segment(tmp_path / "a.png", box=(0.2, 0.2, 0.7, 0.6)).masks.shape == (1, 80, 64)
     assert isinstance(pipeline.caption([tmp_path / "a.png"], max_new=4)[0], str)

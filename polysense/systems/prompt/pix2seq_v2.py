@@ -31,6 +31,7 @@ from polysense.nn.coords import CAPTION, DETECT, END, FAKE, HIDDEN, KEYPOINTS, S
 from polysense.nn.head import LinearBias
 from polysense.nn.mlp import MLP
 from polysense.nn.norm import LayerNorm
+from polysense.nn.position import sincos_2d
 from polysense.nn.residual import Basic, Stem
 from polysense.nn.transformer import Transformer
 from polysense.towers.causal_lm import CausalLM, LearnedPositions
@@ -41,12 +42,13 @@ from polysense.towers.vit import ViT
 card = Card(
     name="Pix2Seq v2", paper="Chen et al., A Unified Sequence Interface for Vision Tasks, NeurIPS 2022", arxiv="2206.07669", year=2022,
     says="Finds things, outlines them, marks their key points and describes the picture, all by writing tokens.",
-    needs=("image", "boxes", "box_label", "polygon", "keypoints", "text"), can=("segment", "detect", "generate_text"),
+    needs=("image", "boxes", "box_label", "polygon", "keypoints", "text"), can=("segment", "detect", "keypoints", "generate_text"),
     official="google-research/pix2seq",
 )
 
 PARAMETERS = 149_451_704                     # counted here: ViT-B/16, six decoder layers, 35,000 tokens read and written; the paper gives no total
 LIGHT = 0.1                                  # weight of ends, padding and hidden points
+TASKS = ("detect", "segment", "keypoints", "caption")
 
 
 @final
@@ -54,13 +56,16 @@ class Pix2SeqV2(System):
     @dataclass(frozen=True, kw_only=True)
     class Config(Spec):
         vision: Spec
-        places: int                          # of the encoder's grid: each has a learned position
+        places: int                          # of the encoder's grid, a square: each has a learned position
         decoder: CausalLM.Config
         vocabulary: Vocabulary
         objects: int = 100                   # that detection always writes
         instances: int = 8                   # of a picture that are outlined in one batch, at most
         points: int = 128                    # of an outline
         fill: str = "noise"                  # how sequences of few objects go on: "noise" boxes or "end" (for comparison)
+        tasks: tuple[str, ...] = TASKS       # that are learned
+        bins_at_birth: str = "random"        # or "ordered", see `Vocabulary.order`
+        joints: int = 17                     # key points of a thing
         polygons: int = 8                    # that are drawn and averaged for a mask
         box_p: float = 0.4                   # nucleus of coordinates of boxes
         mask_p: float = 0.8                  # and of outlines
@@ -69,22 +74,23 @@ class Pix2SeqV2(System):
         super().__init__()
         if c.fill not in ("noise", "end"):
             raise UserError(f"fill={c.fill!r}", "sequences are filled with noise, or end")
+        if not c.tasks or set(c.tasks) - set(TASKS):
+            raise UserError(f"tasks={c.tasks}", f"some of {', '.join(TASKS)}")
         c.vocabulary.check()
         self.c, self.v, self.classes = c, c.vocabulary, c.vocabulary.classes
         self.vision, self.decoder = c.vision.build(), c.decoder.build()
         self.project, self.norm = nn.Linear(c.vision.width, c.decoder.width), LayerNorm(LayerNorm.Config(width=c.decoder.width))  # type: ignore
-        self.position = nn.Parameter(torch.randn(1, c.places, c.decoder.width) * 0.02)
+        side = round(c.places ** 0.5)
+        self.position = nn.Parameter(sincos_2d(c.decoder.width, (side, side)))       # learned from there on
+        if c.bins_at_birth == "ordered":
+            self.v.order(self.decoder.embed.weight)
+            self.v.order(self.decoder.head.weight)
 
     def look(self, image: Tensor) -> Tensor:
         """image [B,3,H,W] -> what the decoder reads [B,S,D]."""
         return self.norm(self.project(self.vision.dense(image).flatten(1, 2))) + self.position
 
     # -- sequences ----------------------------------------------------------------------------------------------------------------------
-
-    def random_class(self, like: Tensor) -> Tensor:
-        """What the decoder reads in place of a class: any class, or "fake"."""
-        kind = self.v.class_from + torch.randint(len(self.v.classes), like.shape, device=like.device)
-        return torch.where(torch.rand(like.shape, device=like.device) < 0.5, kind, FAKE)
 
     def detection(self, boxes: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """boxes [B,N,4], label [B,N] (-1: padding) -> what is read, what is to be written, and weights, each [B,5 * objects].
@@ -100,7 +106,7 @@ class Pix2SeqV2(System):
         tokens = self.v.box_tokens(torch.where(real[..., None], boxes, noise_boxes(boxes, real)))
         kind = torch.where(real, self.v.class_from + label, FAKE)
         written = torch.cat([tokens, kind[..., None]], -1)
-        read = torch.cat([tokens, self.random_class(kind)[..., None]], -1)
+        read = torch.cat([tokens, self.v.random_class(kind)[..., None]], -1)
         weight = torch.ones_like(written, dtype=torch.float)
         weight[..., :4] = real[..., None].float()
         if self.c.fill == "end":
@@ -135,22 +141,27 @@ class Pix2SeqV2(System):
         return (each * weight.flatten()).sum() / weight.sum().clamp_min(1e-6)
 
     def write(self, batch: Batch) -> Losses:
-        """All four tasks on one encoding; each instance has its own copy of it."""
+        """All tasks on one encoding; each instance has its own copy of it."""
         seen, boxes, label = self.look(batch["image"]), batch["boxes"], batch["box_label"]
         which, column = self.instances(label)
         if not len(which):
             raise UserError("no picture of this batch has an object", "give data with boxes")
-        task = torch.full((len(seen), 1), DETECT, device=seen.device)
-        found = self.score(seen, task, *self.detection(boxes, label))
-        tiled, box, kind = seen[which], boxes[which, column], label[which, column]
-        points = self.outline(batch["polygon"][which, column])
-        drawn = self.score(tiled, self.asking(SEGMENT, box, kind), points, points, torch.ones_like(points, dtype=torch.float))
-        keys = batch["keypoints"][which, column]
-        shown = (keys[..., 2] > 0).repeat_interleave(2, 1)
-        places = torch.where(shown, self.v.place_tokens(keys[..., :2]), HIDDEN)
-        marked = self.score(tiled, self.asking(KEYPOINTS, box, kind), places, places, torch.where(shown, 1.0, LIGHT))
-        said, weight = self.sentence(batch["text"])
-        return Losses(detect=found, segment=drawn, keypoints=marked, caption=self.score(seen, task + CAPTION - DETECT, said, said, weight))
+        task, tiled, thing = torch.full((len(seen), 1), DETECT, device=seen.device), seen[which], (boxes[which, column], label[which, column])
+        out = Losses()
+        if "detect" in self.c.tasks:
+            out["detect"] = self.score(seen, task, *self.detection(boxes, label))
+        if "segment" in self.c.tasks:
+            points = self.outline(batch["polygon"][which, column])
+            out["segment"] = self.score(tiled, self.asking(SEGMENT, *thing), points, points, torch.ones_like(points, dtype=torch.float))
+        if "keypoints" in self.c.tasks:
+            keys = batch["keypoints"][which, column]
+            shown = (keys[..., 2] > 0).repeat_interleave(2, 1)
+            places = torch.where(shown, self.v.place_tokens(keys[..., :2]), HIDDEN)
+            out["keypoints"] = self.score(tiled, self.asking(KEYPOINTS, *thing), places, places, torch.where(shown, 1.0, LIGHT))
+        if "caption" in self.c.tasks:
+            said, weight = self.sentence(batch["text"])
+            out["caption"] = self.score(seen, task + CAPTION - DETECT, said, said, weight)
+        return out
 
     def sentence(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """text [B,L] (start, words, end 2, padding 0) -> tokens without the start [B,L-1] and weights."""
@@ -167,11 +178,13 @@ class Pix2SeqV2(System):
         seen, kinds = self.look(image), slice(self.v.class_from, self.v.class_from + len(self.v.classes))
         logits, writer = self.decoder.start(self.decoder.embed(torch.full((len(seen), 1), DETECT, device=seen.device)),
                                             room=5 * self.c.objects - 1, source=seen)
-        draw, out, score = self.drawer(self.c.box_p), [], []
+        draw, out, score, over = self.drawer(self.c.box_p), [], [], torch.zeros(len(seen), dtype=torch.bool, device=seen.device)
         for i in range(5 * self.c.objects):
+            if i % 5 == 0 and self.c.fill == "end":                     # such lists end by themselves
+                over = over | (logits[:, END] > logits[:, self.v.bins_from:self.v.text_from].logsumexp(1))
             if i % 5 == 4:
                 p = logits.float().softmax(-1)[:, kinds]
-                score.append(p.amax(1))
+                score.append(p.amax(1).masked_fill(over, 0.0))
                 token = self.v.class_from + p.argmax(1)
             else:
                 token = draw(logits)
@@ -180,7 +193,7 @@ class Pix2SeqV2(System):
         found = torch.stack(out, 1).unflatten(1, (-1, 5))
         boxes = self.v.boxes(found[..., :4])
         p, kind = torch.stack(score, 1), found[..., 4] - self.v.class_from
-        kind = torch.where((boxes[..., 2:] > boxes[..., :2]).all(-1), kind, -1)
+        kind = torch.where((boxes[..., 2:] > boxes[..., :2]).all(-1) & (p > 0), kind, -1)
         order = torch.where(kind >= 0, p, -1.0).argsort(1, descending=True)
         return boxes.gather(1, order[..., None].expand(-1, -1, 4)), kind.gather(1, order), p.gather(1, order)
 
@@ -216,9 +229,9 @@ class Pix2SeqV2(System):
         return torch.logit(share, 0.02).unflatten(0, (b, n))[:, :, None], agree.mean(1).view(b, n, 1)
 
     @torch.no_grad()
-    def keypoints(self, image: Tensor, boxes: Tensor, count: int = 17) -> Tensor:
-        """image [B,3,H,W], boxes [B,N,4] -> [B,N,count,3]: x y and 1, or 0 where the point is hidden."""
-        b, n = boxes.shape[:2]
+    def keypoints(self, image: Tensor, boxes: Tensor) -> Tensor:
+        """image [B,3,H,W], boxes [B,N,4] -> [B,N,K,3]: x y and 1, or 0 where the point is hidden."""
+        b, n, count = *boxes.shape[:2], self.c.joints
         seen, flat = self.look(image).repeat_interleave(n, 0), boxes.flatten(0, 1)
 
         def likeliest(logits: Tensor) -> Tensor:
@@ -266,7 +279,7 @@ def tiny() -> Preset:
     vision = ResNet.Config(layers=(1, 1, 1), base=32, stem=Stem.Config(kernel=3, stride=2, pool=0), block=Basic.Config())
     return Preset(
         data="scenes", feed=Feed(image=ImagePlan(size=64), text=TextPlan(vocab=700, length=32, pad="zero")),
-        config=Pix2SeqV2.Config(vision=vision, places=64, vocabulary=v, objects=8, instances=2, points=16,
+        config=Pix2SeqV2.Config(vision=vision, places=64, vocabulary=v, objects=8, instances=2, points=16, joints=5,
                                 decoder=decoder(v.size, 48, 128, 2, 4, 512)),
         stages=(Stage(objective=Pix2SeqV2.write, steps=1500, batch_size=32, optim=Optim(
             lr=1e-3, weight_decay=0.05, betas=(0.9, 0.95), schedule="linear", warmup=50, clip=1.0)),))
