@@ -4,7 +4,7 @@ PYTHON ?= python3
 # Set TORCH (and PIP_INDEX_URL or PIP_EXTRA_INDEX_URL) for another build.
 TORCH ?= torch==2.13.0
 TORCHVISION ?= torchvision==0.28.0
-EXTRAS ?= test,video,audio,parquet,hub,milvus,ray
+EXTRAS ?= test,video,audio,pdf,parquet,hub,milvus,ray
 BIN := .venv/bin
 STAMP := .venv/.stamp
 DOCS_STAMP := .venv/.stamp-docs

@@ -13,7 +13,7 @@ from polysense.cli.systems import Json
 
 def agent(id: Annotated[str, typer.Argument(metavar="ID", help="The agent, such as mm_react.")],
           photos: Annotated[list[Path] | None, typer.Argument(metavar="PHOTO...", help="Pictures that the questions are about; a video is read "
-                                                              "as frames.", show_default=False)] = None,
+                                                              "as frames, a PDF as pages.", show_default=False)] = None,
           question: Annotated[list[str] | None, typer.Option("--ask", metavar="QUESTION", help="What to ask; several are asked one after the other, "
                                                              "and the conversation is remembered.")] = None,
           helper: Annotated[list[str] | None, typer.Option("--helper", metavar="ROLE=RUN", help="Who sits in a role: a run folder. May be given "
@@ -28,6 +28,7 @@ def agent(id: Annotated[str, typer.Argument(metavar="ID", help="The agent, such 
     \b
     Examples
       polysense agent mm_react lunch.png dinner.png --ask "What is the total of the two receipts?"
+      polysense agent mm_react invoice.pdf --ask "What is the total?"
       polysense agent mm_react street.jpg --ask "What is written there?" --ask "How many signs?" --steps
       polysense agent mm_react street.jpg --ask "What do you see?" --helper captioner=runs/llava --helper tagger=runs/clip
       polysense agent mm_react street.jpg --ask "Is the shop open?" --llm http://localhost:8000/v1 --llm-model qwen
@@ -71,14 +72,19 @@ def agent(id: Annotated[str, typer.Argument(metavar="ID", help="The agent, such 
 
 
 def pictures(photos: list[Path], folder: Path, frames: int) -> list[str]:
-    """Paths of pictures; of a video the paths of `frames` of its frames, evenly spaced, written into `folder` and named by their time in it."""
+    """Paths of pictures; of a video the paths of `frames` of its frames, evenly spaced, written into `folder` and named by their time in it; of a PDF
+    those of its pages."""
     from polysense.base.plan import VideoPlan
     from polysense.data.clips import MOVIE_ENDINGS, chosen, decoded, frame_rate, picked
+    from polysense.data.documents import ENDING, pages
 
     out: list[str] = []
     for photo in photos:
         if not photo.is_file():
             raise UserError(f"no file {str(photo)!r}", "check the path")
+        if photo.suffix.lower() == ENDING:
+            out += pages(photo, folder)
+            continue
         if photo.suffix.lower() not in MOVIE_ENDINGS:
             out.append(str(photo))
             continue

@@ -287,6 +287,43 @@ def test_a_video_becomes_frames_with_their_times(tmp_path):
     assert all(os.path.isfile(p) for p in paths)
 
 
+def invoice(path):
+    """A PDF of two pages with a total on each."""
+    sheets = [Image.new("RGB", (620, 400), "white") for _ in range(2)]
+    for sheet, text in zip(sheets, ("TOTAL 12.50", "TOTAL 7.25"), strict=True):
+        ImageDraw.Draw(sheet).text((60, 120), text, "black", font=font())
+    sheets[0].save(path, save_all=True, append_images=sheets[1:], resolution=75)
+    return path
+
+
+def test_a_pdf_becomes_its_pages(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("pypdfium2")
+    from polysense.data.documents import pages
+
+    folder = tmp_path / "f"
+    folder.mkdir()
+    paths = pages(invoice(tmp_path / "bill.pdf"), folder)
+    assert [os.path.basename(p) for p in paths] == ["bill-page-1.png", "bill-page-2.png"]
+    assert abs(Image.open(paths[0]).width - 1240) < 3, "150 dots an inch"
+    (tmp_path / "torn.pdf").write_bytes(b"%PDF-1.4 torn")
+    for name, says in (("torn.pdf", "cannot read"), ("none.pdf", "no file")):
+        assert main(["agent", "mm_react", str(tmp_path / name), "--ask", "What is the total?"]) == 2
+        assert says in capsys.readouterr().err
+    import sys
+
+    monkeypatch.setitem(sys.modules, "pypdfium2", None)
+    with pytest.raises(UserError, match="pypdfium2") as refused:
+        pages(tmp_path / "bill.pdf", folder)
+    assert "polysense[pdf]" in refused.value.advice
+
+
+@needs_tesseract
+def test_the_totals_of_the_pages_of_a_pdf_are_added(tmp_path, capsys):
+    pytest.importorskip("pypdfium2")
+    assert main(["agent", "mm_react", str(invoice(tmp_path / "bill.pdf")), "--ask", "What is the total of the two receipts?"]) == 0
+    assert "19.75" in capsys.readouterr().out
+
+
 @pytest.fixture()
 def server():
     """An OpenAI-compatible server that answers from a script."""
