@@ -69,9 +69,13 @@ class DualEncoder(System):
         """The symmetric cross-entropy over all pairs of the global batch (Radford et al. 2021, figure 3)."""
         return Losses(contrast=info_nce(seen["image"], seen["text"], self.scale))
 
-    def contrast_by_label(self, seen: dict[str, Tensor]) -> Tensor:
-        """The same where samples of one `label` [B] are positives of each other, and those with a negative one of nobody."""
-        return multi_positive(seen["image"], seen["text"], self.scale, apart(seen["label"]))
+    def embed_labelled(self, batch: Batch) -> dict[str, Tensor]:
+        """As `embed`, and the labels."""
+        return {**self.embed(batch), "label": batch["label"]}
+
+    def compare_labelled(self, seen: dict[str, Tensor]) -> Losses:
+        """As `compare`, but samples of one label are positives of each other, those with a negative one of nobody (Yang et al. 2022, UniCL)."""
+        return Losses(contrast=multi_positive(seen["image"], seen["text"], self.scale, apart(seen["label"])))
 
     @torch.no_grad()
     def after_step(self, after: After) -> None:

@@ -6,6 +6,9 @@ from polysense.nn.head import Linear, Nothing
 from polysense.nn.norm import LayerNorm
 from polysense.nn.transformer import Transformer
 from polysense.towers.bert import Bert
+from polysense.towers.clip import body
+from polysense.towers.clip_text import ClipText
+from polysense.towers.swin import Swin
 from polysense.towers.vit import ViT
 
 EPS = LayerNorm.Config(eps=1e-6)
@@ -36,3 +39,13 @@ def pre_norm_bert(vocab: int, length: int, width: int, depth: int, heads: int) -
 def heads(image: int, text: int, dim: int) -> dict[str, Any]:
     """`image_head text_head` of a DualEncoder: projections without bias into `dim`."""
     return {"image_head": Linear.Config(into=image, out=dim), "text_head": Linear.Config(into=text, out=dim)}
+
+
+def swin_pair(image: Swin.Config, text: tuple[int, int, int], dim: int, vocab: int = 49_408, length: int = 77,
+              end: int | None = None) -> dict[str, Any]:
+    """`vision text image_head text_head` of UniCL's family: Swin beside CLIP's text transformer (width, depth, heads) with epsilon 1e-12."""
+    return {"vision": image, "text": ClipText.Config(vocab=vocab, length=length, end=end, body=body(*text).but(
+        **{"norm.eps": 1e-12, "block.norm.eps": 1e-12})), **heads(image.width, text[0], dim)}
+
+
+TINY_SWIN = Swin.Config(patch=4, base=32, depths=(1, 1, 2), heads=(1, 2, 4), window=4)
