@@ -33,6 +33,14 @@ class ViewPlan(Spec):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SidesPlan(ViewPlan):
+    """A square of `size` pixels cut anywhere from the picture, whose shorter side is first brought to a length drawn from `sides` (Krizhevsky et
+    al. 2012: 256; Simonyan & Zisserman 2015: 256 to 512; He et al. 2016: 256 to 480). `scale` and `ratio` are not used."""
+    sides: tuple[int, int]
+    lighting: float = 0.0                               # deviation of the colour noise along the principal components of ImageNet's colours
+
+
+@dataclass(frozen=True, kw_only=True)
 class TextPlan(Spec):
     """Which tokeniser, and how long a text may be (start and end tokens included)."""
     kind: str = "bpe"                                   # "bpe": CLIP's lower-cased byte-level BPE; "wordpiece": BERT's; "llama": LLaMA's, read only

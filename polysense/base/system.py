@@ -19,6 +19,7 @@ from polysense.base.plan import (
     Optim,
     Preset,
     PromptPlan,
+    SidesPlan,
     Stage,
     Start,
     TextPlan,
@@ -28,7 +29,7 @@ from polysense.base.plan import (
 from polysense.base.spec import Configured, Spec
 
 __all__ = ["After", "AudioPlan", "Batch", "ChatPlan", "EpisodePlan", "Feed", "ImagePlan", "Losses", "Optim", "Part", "Preset", "PromptPlan",
-           "Spec", "Stage", "Start", "System", "TextPlan", "VideoPlan", "ViewPlan", "final"]
+           "SidesPlan", "Spec", "Stage", "Start", "System", "TextPlan", "VideoPlan", "ViewPlan", "final"]
 
 T = TypeVar("T", bound=type)
 

@@ -21,10 +21,12 @@ from kornia.color import rgb_to_grayscale
 from kornia.enhance import adjust_brightness_accumulative, adjust_hue, adjust_saturation_with_gray_subtraction, solarize
 from torch import Tensor
 
-from polysense.base.plan import ViewPlan
+from polysense.base.plan import SidesPlan, ViewPlan
 
 TRIES = 10                                              # attempts at a crop that fits into the picture
 COLUMNS = 2 * TRIES + 2 + 12                            # random numbers a view takes, whatever the plan switches on
+SPREAD = (0.2175, 0.0188, 0.0045)                       # of the colours of ImageNet, values in [0, 1], along their principal components
+AXES = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))     # the components, as columns
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ def draw(seed: int, step: int, view: int, batch: int) -> Draw:
 
 def working_side(plans: Sequence[ViewPlan]) -> int:
     """Shorter side, in pixels, at which pictures are kept for these views: enough that a crop of middling area loses nothing."""
-    return max(math.ceil(p.size * min(2.0, 1.3 / math.sqrt(max(0.05, sum(p.scale) / 2)))) for p in plans)
+    return max(max(p.size, p.sides[1]) if isinstance(p, SidesPlan)
+               else math.ceil(p.size * min(2.0, 1.3 / math.sqrt(max(0.05, sum(p.scale) / 2)))) for p in plans)
 
 
 def canvas_side(work: int) -> int:
@@ -69,6 +72,8 @@ def crops(plan: ViewPlan, u: Tensor, sizes: Tensor) -> Tensor:
     """
     w, h = sizes.double().unbind(1)
     u = u.double()
+    if isinstance(plan, SidesPlan):
+        return _squares(plan, u, w, h)
     area = (plan.scale[0] + (plan.scale[1] - plan.scale[0]) * u[:, :TRIES]) * (w * h)[:, None]
     low, high = math.log(plan.ratio[0]), math.log(plan.ratio[1])
     ratio = torch.exp(low + (high - low) * u[:, TRIES:2 * TRIES])
@@ -81,6 +86,14 @@ def crops(plan: ViewPlan, u: Tensor, sizes: Tensor) -> Tensor:
     right, down = (torch.where(fits.any(1), v, 0.5) for v in u[:, 2 * TRIES:2 * TRIES + 2].unbind(1))
     x, y = (w - wide) * right, (h - tall) * down
     return torch.stack([x, y, x + wide, y + tall], 1)
+
+
+def _squares(plan: SidesPlan, u: Tensor, w: Tensor, h: Tensor) -> Tensor:
+    """A square anywhere, of the side that has `size` pixels when the shorter side has a length drawn from `sides`."""
+    length = plan.sides[0] + (plan.sides[1] - plan.sides[0]) * u[:, 0]
+    side = torch.minimum(w, h) * (plan.size / length).clamp(max=1.0)
+    x, y = (w - side) * u[:, 2 * TRIES], (h - side) * u[:, 2 * TRIES + 1]
+    return torch.stack([x, y, x + side, y + side], 1)
 
 
 def flips(plan: ViewPlan, u: Tensor) -> Tensor:
@@ -129,7 +142,7 @@ def cut(canvas: Tensor, boxes: Tensor, sizes: Tensor, size: int, mirror: Tensor)
 
 
 def colours(plan: ViewPlan, drawn: Draw, image: Tensor) -> Tensor:
-    """Jitter, grey, blur and solarize, each on the pictures that the draw chose. image [B,3,S,S] in [0,1] -> the same."""
+    """Jitter, grey, blur, solarize and lighting, each on the pictures that the draw chose. image [B,3,S,S] in [0,1] -> the same."""
     u = drawn.u[:, 2 * TRIES + 3:]
     if plan.jitter > 0:
         image = _some(u[:, 0] < plan.jitter, image, lambda x, v: _jitter(plan, v, drawn.order, x), u[:, 1:5])
@@ -140,7 +153,17 @@ def colours(plan: ViewPlan, drawn: Draw, image: Tensor) -> Tensor:
         image = _some(u[:, 6] < plan.blur, image, lambda x, v: blur(x, low + (high - low) * v[:, 0]), u[:, 7:8])
     if plan.solarize > 0:
         image = _some(u[:, 8] < plan.solarize, image, lambda x, v: solarize(x, 0.5))
+    if isinstance(plan, SidesPlan) and plan.lighting > 0:
+        image = image + _lighting(plan.lighting, u[:, 9:11])[:, :, None, None]
     return image
+
+
+def _lighting(amount: float, u: Tensor) -> Tensor:
+    """Colour noise [B,3]: sum_k p_k a_k s_k over the principal components, a_k ~ N(0, amount), one draw a picture (Krizhevsky et al. 2012, 4.1).
+    u [B,2] uniform; the third number is made of the low bits of the first."""
+    three = torch.cat([u, (u[:, :1] * 4096) % 1], 1).clamp(1e-4, 1 - 1e-4)
+    normal = math.sqrt(2) * torch.erfinv(2 * three - 1) * amount
+    return (normal * torch.tensor(SPREAD)) @ torch.tensor(AXES).T
 
 
 def _some(chosen: Tensor, image: Tensor, change, numbers: Tensor | None = None) -> Tensor:

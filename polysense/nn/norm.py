@@ -137,6 +137,27 @@ class GroupNorm(Part, nn.GroupNorm):
         nn.GroupNorm.__init__(self, c.groups, c.width, eps=c.eps)
 
 
+class ResponseNorm(Part):
+    """x / (k + alpha * sum of x^2 over `size` neighbouring channels) ** beta at each place of [B,C,H,W] (Krizhevsky et al. 2012, section 3.3).
+
+    torch's LocalResponseNorm divides alpha by the size; here it is the paper's.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Spec):
+        size: int = 5
+        alpha: float = 1e-4
+        beta: float = 0.75
+        k: float = 2.0
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.c = c
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.local_response_norm(x, self.c.size, self.c.alpha * self.c.size, self.c.beta, self.c.k)
+
+
 def freeze_norm(module: nn.Module) -> nn.Module:
     """Every batch norm in `module` uses and keeps its running statistics from now on, in train mode too, and its affine parameters are frozen.
 

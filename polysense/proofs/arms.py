@@ -1,12 +1,12 @@
 """What proofs share: training one arm in memory, and the plain scores they compare."""
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from polysense.base.batch import Batch
-from polysense.base.system import Preset, System
+from polysense.base.system import Feed, Preset, System
 from polysense.data.chat import texts_of
 from polysense.data.loader import Loader
 from polysense.data.sources import Sample, Source, Subset
@@ -64,6 +64,27 @@ def accuracy(subject: Any, source: Source, batch_size: int = 250) -> float:
             right += int((subject.system.classify(batch["image"]).argmax(1) == batch["label"]).sum())
             total += len(batch["label"])
     return right / total
+
+
+def read_all(feed: Feed, source: Source) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every picture of a source as it is read outside training [N,3,H,W], and its label [N]."""
+    batches = list(Loader(source, feed, None, batch_size=500, train=False, needs=("image", "label")))
+    return torch.cat([b["image"] for b in batches]), torch.cat([b["label"] for b in batches])
+
+
+def drawn(image: torch.Tensor, label: torch.Tensor, size: int, seed: int) -> Iterator[Batch]:
+    """Endless random batches of pictures that are in memory; every sample once an epoch."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(len(image), generator=generator)
+        for rows in order[:len(order) // size * size].split(size):
+            yield {"image": image[rows], "label": label[rows]}
+
+
+def share_right(system: System, image: torch.Tensor, label: torch.Tensor) -> float:
+    """Share of pictures in memory that `classify` puts into their class."""
+    with torch.inference_mode():
+        return float((torch.cat([system.classify(x).argmax(1) for x in image.split(500)]) == label).float().mean())  # type: ignore[attr-defined]
 
 
 def few_of_each(source: Source, each: int, seed: int) -> Subset:
