@@ -9,7 +9,10 @@ from torch import Tensor
 
 from polysense.base.errors import UserError
 from polysense.base.system import Spec, System
+from polysense.mechanisms.bag import bag
 from polysense.objectives.language import IGNORE, next_token, token_log_likelihood
+
+TOLD = 16                                    # words told in the place of a picture
 
 
 class VisualLM(System):
@@ -55,10 +58,14 @@ class VisualLM(System):
         words, mask = self.language.embed(plain), text != self.pad
         if not bool(here.any()):
             return self._cut(words, mask, label)
-        seen = self.see(self._wanted(image, here, text)).flatten(1, 2)
-        n, per = here.sum(1), seen.shape[1] // (1 if image is None or image.ndim == 4 else image.shape[1])
-        if bool(((n > 0) & (n * per != seen.shape[1])).any()):
-            raise UserError(f"a text has {sorted(set(n.tolist()))} places for {seen.shape[1] // per} pictures", "give one place to every picture")
+        seen, n = self.see(self._wanted(image, here, text)), here.sum(1)
+        if bool(((n > 0) & (n != seen.shape[1])).any()):
+            raise UserError(f"a text has {sorted(set(n.tolist()))} places for {seen.shape[1]} pictures", "give one place to every picture")
+        return self._placed(seen, text, words, mask, label)
+
+    def _placed(self, seen: Tensor, text: Tensor, words: Tensor, mask: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What is seen [B,N,P,D] in the N places of text [B,L], whose embeddings are words [B,L,D]."""
+        here, per, seen = text == self.image_token, seen.shape[2], seen.flatten(1, 2)
         width = torch.where(here, per, 1)
         ends = width.cumsum(1)                                                            # where each token of the text ends after splicing
         at = torch.arange(int(ends[:, -1].max()), device=text.device).expand(len(text), -1).contiguous()
@@ -92,6 +99,17 @@ class VisualLM(System):
         learned = unseen != self.pad
         learned[:, 0] = False
         return self.nll(None, unseen, learned)
+
+    def told_nll(self, text: Tensor, said: Tensor, real: Tensor) -> Tensor:
+        """`nll` of text [B,L] over every token but the first, padding and places, where a bag of words is told in the place of its picture: as
+        many as TOLD of said [B,M] that are `real` [B,M]. What a language model that has read much can do: use what stands in its context."""
+        plain, here = text.masked_fill(text == self.image_token, self.pad), text == self.image_token
+        label = plain.masked_fill((text == self.pad) | here, IGNORE)
+        label[:, 0] = IGNORE
+        told = self.language.embed(bag(said, real, TOLD))[:, None]
+        x, mask, placed = self._placed(told, text, self.language.embed(plain), text != self.pad, label)
+        assert placed is not None
+        return next_token(self.language.logits(self.language.read(x, mask)), placed)
 
     def log_likelihood(self, image: Tensor | None, text: Tensor, learned: Tensor) -> Tensor:
         """Sum of log p of the learned tokens of each sample, [B]: candidate answers are ranked by it."""

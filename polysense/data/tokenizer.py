@@ -24,6 +24,7 @@ from polysense.base.plan import TextPlan
 
 BPE_SPECIALS = ("<|pad|>", "<|startoftext|>", "<|endoftext|>", "<|unknown|>")
 WORDPIECE_SPECIALS = ("[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]")
+PUBLISHED = {"llama": ("<s>", "</s>", None, None), "t5": ("<pad>", "</s>", "<pad>", "<unk>")}      # kinds only read: start, end, padding, unknown
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"        # CLIP's pattern: letters, single digits, runs of the rest
 ENTITY = re.compile(r"&(?:#\d+|#[xX][0-9a-fA-F]+|\w+);")
 
@@ -103,7 +104,7 @@ class Tokenizer:
         """Token ids (one row) -> text, up to the first end token; start and padding are left out."""
         row = ids.tolist() if isinstance(ids, Tensor) else list(ids)
         row = row[:row.index(self.end)] if self.end in row else row
-        if self.plan.kind == "llama":
+        if self.plan.kind in PUBLISHED:
             return self.engine.decode([i for i in row if i not in self._special], skip_special_tokens=True).strip()
         tokens = [self.engine.id_to_token(i) or "" for i in row if i not in self._special]
         if self.plan.kind == "bpe":
@@ -179,8 +180,8 @@ def make_tokenizer(plan: TextPlan, captions: Iterable[str]) -> Tokenizer:
     specials = BPE_SPECIALS if bpe else WORDPIECE_SPECIALS
     if not any(t.strip() for t in texts):
         raise UserError("no captions to train a tokenizer on", "choose data that offer text")
-    if plan.kind == "llama":
-        raise UserError("a tokenizer of kind 'llama' is read from its published files, not trained", "choose bpe or wordpiece")
+    if plan.kind in PUBLISHED:
+        raise UserError(f"a tokenizer of kind {plan.kind!r} is read from its published files, not trained", "choose bpe or wordpiece")
     if plan.vocab < len(specials) + 32:
         raise UserError(f"a vocabulary of {plan.vocab} is too small", f"set feed.text.vocab to {len(specials) + 32} or more")
     splitter = _bpe({}, [], None) if bpe else _wordpiece({"[UNK]": 0})
@@ -235,7 +236,7 @@ def _pairs(merges: list[Any]) -> list[tuple[str, str]]:
 
 
 def _kind(plan: TextPlan) -> str:
-    if plan.kind not in ("bpe", "wordpiece", "llama"):
+    if plan.kind not in ("bpe", "wordpiece", *PUBLISHED):
         raise UserError(f"no tokenizer of kind {plan.kind!r}", "choose bpe or wordpiece")
     return plan.kind
 
@@ -247,8 +248,8 @@ def load_tokenizer(folder: str | Path, plan: TextPlan) -> Tokenizer:
     wordpiece: `vocab.txt`. Raises UserError when the folder has none of them, or one of another kind.
     """
     folder = Path(folder)
-    if plan.kind == "llama":
-        return _llama(folder, plan)
+    if plan.kind in PUBLISHED:
+        return _published(folder, plan)
     bpe = _kind(plan) == "bpe"
     saved = folder / "tokenizer.json"
     packed = sorted(folder.glob("bpe_simple_vocab*.txt.gz"))
@@ -289,13 +290,14 @@ def _clip(vocab: dict[str, int], merges: list[Any], plan: TextPlan) -> Tokenizer
                      BPE_SPECIALS[3] if ours else None)
 
 
-def _llama(folder: Path, plan: TextPlan) -> Tokenizer:
-    """LLaMA's own, as `tokenizer.json` has it: case and spaces are kept, unknown letters are written as bytes."""
+def _published(folder: Path, plan: TextPlan) -> Tokenizer:
+    """LLaMA's or T5's own, as `tokenizer.json` has it: case and spaces are kept; letters unknown to LLaMA are written as bytes. A text of T5
+    has no start: padding stands there, which its decoder begins with."""
     path = folder / "tokenizer.json"
     if not path.is_file():
-        raise UserError(f"no llama vocabulary in {folder}", "it should hold tokenizer.json")
+        raise UserError(f"no {plan.kind} vocabulary in {folder}", "it should hold tokenizer.json")
     try:
-        return Tokenizer(Engine.from_file(str(path)), plan, "<s>", "</s>", None, None)
+        return Tokenizer(Engine.from_file(str(path)), plan, *PUBLISHED[plan.kind])
     except UserError:
         raise
     except Exception as error:                        # the library raises bare exceptions for what it cannot read

@@ -6,13 +6,12 @@ a picture's place what the language model can bind. Compared with fewer shots of
 that look at all pictures before them. Pictures of the score are of the test split; sizes were chosen on the validation split.
 """
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from polysense.base.batch import Batch
-from polysense.base.system import Part, Spec
+from polysense.base.system import Part
 from polysense.connectors.perceiver_resampler import PerceiverResampler, ResamplerLayer
 from polysense.data import source
 from polysense.data.loader import Loader
@@ -23,6 +22,7 @@ from polysense.nn.init import NormalInit
 from polysense.objectives.language import IGNORE, next_token
 from polysense.proofs.arms import train_arm
 from polysense.proofs.harness import Outcome
+from polysense.proofs.talk import Features
 from polysense.systems.backbone import supervised
 from polysense.systems.lmm import flamingo
 from polysense.systems.lmm.flamingo import Flamingo
@@ -34,20 +34,6 @@ SHAPES, NAMES, SHOTS, WAYS, WIDTH, VOCAB = 6, 16, 9, 2, 64, 64
 SCENES = "scenes:single?shapes=6&style=plain&size=32&seed={}&n={}"
 TAG, KIND, NAME = 5, 10, 30                   # ids: the place of a picture, the first shape's word, the first name
 EYE, READ, LOOK = 150, 600, 250               # steps
-
-
-class Features(Part):
-    """Features that were computed before, [B,C,h,w] -> [B,h*w,C], in the place of an eye."""
-
-    @dataclass(frozen=True, kw_only=True)
-    class Config(Spec):
-        width: int
-
-    def __init__(self, c: Config):
-        super().__init__()
-
-    def forward(self, image: Tensor) -> Tensor:
-        return image.flatten(2).mT
 
 
 def namings(n: int, g: torch.Generator) -> tuple[Tensor, Tensor]:

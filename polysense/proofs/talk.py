@@ -1,25 +1,56 @@
-"""What proofs of systems that write share: short answers to questions about scenes, scored by exact match."""
+"""What proofs of systems that write share: eyes that are trained once, and short answers to questions about scenes, scored by exact match."""
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from polysense.base.system import Preset, System
+from polysense.base.batch import Batch
+from polysense.base.system import Part, Preset, Spec, System
 from polysense.data.chat import Chat
+from polysense.data.loader import Loader
 from polysense.data.sources import Source
 from polysense.pipeline import Pipeline
-from polysense.pipeline.talk import write
 from polysense.proofs.arms import train_arm
 from polysense.systems.align import clip
 from polysense.towers.causal_lm import llama
 
 
-def sight(source: Source, seed: int, steps: int, size: int = 64) -> dict[str, Tensor]:
+class Features(Part):
+    """Features that were computed before, [B,C,h,w] -> [B,h*w,C], in the place of an eye that is frozen anyway."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Spec):
+        width: int
+
+    def __init__(self, c: Config):
+        super().__init__()
+
+    def forward(self, image: Tensor) -> Tensor:
+        return image.flatten(2).mT
+
+
+def sight(source: Source, seed: int, steps: int, size: int = 64) -> Any:
     """A picture tower trained as clip's tiny preset on the captions of a source, at `size` pixels."""
     plan = clip.tiny().but(data=source.name, **{
         "stages.0.steps": steps, "stages.0.batch_size": 64, "stages.0.optim.warmup": steps // 10, "feed.image.size": size,
         "feed.train_image.size": size, "config.vision.image_size": size})
-    return dict(train_arm("clip", plan, source, needs=("image", "text"), seed=seed).subject.system.vision.state_dict())  # type: ignore[union-attr]
+    return train_arm("clip", plan, source, needs=("image", "text"), seed=seed).subject.system.vision
+
+
+def shown(eye: Any, source: Source, size: int = 64) -> Tensor:
+    """Features of the places of all pictures of a source, [N,C,h,w]."""
+    plan = clip.tiny().feed.but(**{"image.size": size, "train_image": None, "text": None})
+    with torch.inference_mode():
+        made = [eye.dense(b["image"]).permute(0, 3, 1, 2) for b in Loader(source, plan, None, batch_size=200, train=False, needs=("image",))]
+    return torch.cat(made).clone()
+
+
+def fed(source: Source, features: Tensor, preset: Preset, tokenizer: Any, needs: tuple[str, ...], *, batch_size: int, seed: int) -> Iterator[Batch]:
+    """Endless training batches with features [N,C,h,w] of the source in the place of its pictures."""
+    for batch in Loader(source, preset.feed, tokenizer, batch_size=batch_size, seed=seed, needs=("index", *needs)):
+        yield {**batch, "image": features[batch["index"]]}
 
 
 def questions(source: Source, each: int = 4) -> list[tuple[int, str, str]]:
@@ -27,41 +58,37 @@ def questions(source: Source, each: int = 4) -> list[tuple[int, str, str]]:
     return [(i, q, a) for i in range(len(source)) for q, a in source.about(i)["qa"][:each]]
 
 
-def exact_match(subject: Pipeline, source: Source, asked: list[tuple[int, str, str]], *, shuffled: bool = False, short: str = "") -> float:
-    """Share of questions answered word for word. shuffled: about the picture of another sample."""
-    n, pictures = len(source), {i: source.load(i, "image") for i in range(len(source))}
-    said = write(subject, [pictures[(i + n // 2) % n if shuffled else i] for i, _, _ in asked],
-                 [[(f"{q} {short}".strip(), None)] for _, q, _ in asked], max_new=8, batch_size=128)
-    return sum(reply.strip() == answer for reply, (_, _, answer) in zip(said, asked, strict=True)) / len(asked)
+@torch.inference_mode()
+def exact_match(subject: Pipeline, features: Tensor | None, asked: list[tuple[int, str, str]], *, short: str = "") -> float:
+    """Share of questions answered word for word. features [N,C,h,w] of the samples' pictures; None: asked without any picture."""
+    chat, right, system = Chat(subject.preset.feed.text, subject.tokenizer), 0, subject.system
+    for some in _chunks(asked, 128):
+        ids, _ = chat.batch([chat.row([(f"{q} {short}".strip(), None)], "" if features is None else "before") for _, q, _ in some])
+        if features is None:
+            x, mask, _ = system.splice(None, ids)  # type: ignore[operator]
+            new = system.language.generate(x, mask, max_new=8, end=system.end, pad=system.pad)  # type: ignore[union-attr,operator]
+        else:
+            new = system.generate_text(features[torch.tensor([i for i, _, _ in some])], ids, max_new=8)  # type: ignore[operator]
+        right += sum(subject.tokenizer.decode(n).strip() == a for n, (_, _, a) in zip(new, some, strict=True))
+    return right / len(asked)
 
 
-def blind_match(subject: Pipeline, asked: list[tuple[int, str, str]]) -> float:
-    """The same of the language model alone: the questions without any picture."""
-    chat = Chat(subject.preset.feed.text, subject.tokenizer)
-    rows = [chat.row([(q, None)], picture="")[0] for _, q, _ in asked]
-    system: Any = subject.system
-    right = 0
-    for start in range(0, len(rows), 128):
-        some = rows[start:start + 128]
-        ids = torch.tensor([r + [0] * (max(map(len, some)) - len(r)) for r in some])
-        with torch.inference_mode():
-            x, mask, _ = system.splice(None, ids)
-            new = system.language.generate(x, mask, max_new=8, end=system.end, pad=system.pad)
-        right += sum(subject.tokenizer.decode(n).strip() == a for n, (_, _, a) in zip(new, asked[start:start + 128], strict=True))
-    return right / len(rows)
+def _chunks(rows: list[Any], n: int) -> Iterable[list[Any]]:
+    return (rows[at:at + n] for at in range(0, len(rows), n))
 
 
-def carried(weights: dict[str, Tensor], into: str) -> Any:
-    """`prepare` for train_arm: puts a tower's weights into a part of the system."""
+def carried(weights: dict[str, Tensor], into: str = "") -> Any:
+    """`prepare` for train_arm: puts weights into a part of the system."""
     def prepare(system: System) -> None:
         system.get_submodule(into).load_state_dict(weights)
     return prepare
 
 
 def small(plan: Preset) -> Preset:
-    """The preset with a language model of 3 layers x 128 and two turns a conversation: what a proof's minute and a half allows."""
-    return plan.but(**{"config.language": llama(vocab=1008, length=128, width=128, depth=3, heads=4, hidden=352), "config.connector.out": 128,
-                       "feed.text.turns": 2, "feed.text.length": 96})
+    """The preset with features for an eye, a language model of 3 layers x 128 and two turns a conversation: what a proof's minutes allow."""
+    return plan.but(**{"config.vision": Features.Config(width=192), "config.language": llama(vocab=1008, length=128, width=128, depth=3, heads=4,
+                                                                                             hidden=352),
+                       "config.connector.out": 128, "feed.text.turns": 2, "feed.text.length": 96})
 
 
 def staged(plan: Preset, steps: dict[str, int], batch_size: int) -> Preset:

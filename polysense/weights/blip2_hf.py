@@ -1,10 +1,10 @@
-"""BLIP-2 as transformers publishes it: Blip2ForConditionalGeneration with OPT (stage 2), and Blip2ForImageTextRetrieval (stage 1 without the
-caption loss). The EVA tower's `post_layernorm` is the trained norm of what the Q-Former reads."""
+"""BLIP-2 as transformers publishes it: Blip2ForConditionalGeneration with OPT or FlanT5 (stage 2), and Blip2ForImageTextRetrieval (stage 1
+without the caption loss). The EVA tower's `post_layernorm` is the trained norm of what the Q-Former reads."""
 from typing import Any
 
 from polysense.base.errors import UserError
 from polysense.base.plan import Feed
-from polysense.weights import opt_hf
+from polysense.weights import opt_hf, t5_hf
 from polysense.weights.keymap import KeyMap, Rule, State, both, lead1, rule, stack3
 from polysense.weights.layout import Layout
 from polysense.weights.sizes import ALL, Dict, act_name, body, body_of, count, hf_feed, single, size, to_hf_feed, within
@@ -38,12 +38,17 @@ TEXT = KeyMap((rule("embeddings.word_embeddings.weight", "qformer.embed.weight")
                *both("itm_head", "align_heads.match_head")), drop=(r"embeddings\.position_ids",))
 
 
+def speaker(language: Any) -> Any:
+    """The layout of a language model's family."""
+    return t5_hf if hasattr(language, "encoder") else opt_hf
+
+
 def keymap(config: Any) -> KeyMap:
     """Of a model of one stage: with a language model, or with the heads of stage 1."""
     if (config.language is None) == (not config.dim) or config.words is not None:
         raise UserError("transformers has a BLIP-2 with a language model and one with matching heads, none with both or with the caption loss",
                         "export the parts from a configuration of one stage, or keep the run folder")
-    rest = TEXT if config.language is None else opt_hf.keymap(config.language).at("language_model", "language") + KeyMap(
+    rest = TEXT if config.language is None else speaker(config.language).keymap(config.language).at("language_model", "language") + KeyMap(
         both("language_projection", "to_language"))
     return VISION.at("vision_model", "") + QFORMER.at("qformer", "qformer") + KeyMap((rule("query_tokens", "qformer.query"),)) + rest
 
@@ -55,8 +60,8 @@ def read(config: Dict, state: State) -> tuple[str, Dict]:
                         "give the folder of a BLIP-2 model")
     v, q, t, tokens = within(config, "vision_config"), within(config, "qformer_config"), within(config, "text_config"), size(state, "query_tokens", 1)
     speaks = any(k.startswith("language_model.") for k in state)
-    if speaks and t.get("model_type", "opt") != "opt":
-        raise UserError(f"this BLIP-2 speaks with {t.get('model_type')!r}", "those with OPT are read")
+    if speaks and t.get("model_type", "opt") not in ("opt", "t5"):
+        raise UserError(f"this BLIP-2 speaks with {t.get('model_type')!r}", "those with OPT or FlanT5 are read")
     wide, image, eps, width = v.get("hidden_size", 1408), single(v.get("image_size", 224)), v.get("layer_norm_eps", 1e-6), q.get("hidden_size", 768)
     out: Dict = {
         "config.vision.image_size": image, "config.vision.patch": single(v.get("patch_size", 14)),
@@ -68,6 +73,9 @@ def read(config: Dict, state: State) -> tuple[str, Dict]:
         "config.qformer.mlp.act": _act(q.get("hidden_act", "gelu")), "config.qformer.norm.eps": q.get("layer_norm_eps", 1e-12),
         **hf_feed(config, image)}
     if speaks:
+        if t.get("model_type") == "t5":
+            return "paper_t5", out | {**t5_hf.sizes(t, "config.language"), "config.qformer.vocab": 0, "config.end": t.get("eos_token_id", 1),
+                                      "config.start": t.get("decoder_start_token_id") or 0, "config.qformer.pad": t.get("pad_token_id", 0)}
         out |= {**opt_hf.sizes(t, "config.language"), "config.qformer.vocab": 0, "config.prompt": (),
                 "config.start": t.get("bos_token_id", 2), "config.end": t.get("eos_token_id", 2), "config.qformer.pad": t.get("pad_token_id", 1)}
         return "paper_opt", out
@@ -88,10 +96,12 @@ def write(config: Any) -> Dict:
         raise UserError("transformers' BLIP-2 has the plain EVA tower, whose last block is read through a norm of its own eps", "keep the run folder")
     text: Dict = {"model_type": "opt"}
     if config.language is not None:
-        text = {**opt_hf.write(config.language), "bos_token_id": config.start, "eos_token_id": config.end, "pad_token_id": q.pad}
+        text = {**speaker(config.language).write(config.language), "eos_token_id": config.end, "pad_token_id": q.pad}
+        text |= {"decoder_start_token_id" if text["model_type"] == "t5" else "bos_token_id": config.start}
     return {
         "architectures": ["Blip2ForImageTextRetrieval" if config.language is None else "Blip2ForConditionalGeneration"], "model_type": "blip-2",
-        "num_query_tokens": q.queries, "use_decoder_only_language_model": True, "dtype": "float32", "image_text_hidden_size": config.dim or 256,
+        "num_query_tokens": q.queries, "use_decoder_only_language_model": text["model_type"] == "opt",
+        "dtype": "float32", "image_text_hidden_size": config.dim or 256,
         "image_token_index": None if config.language is None else config.language.vocab - 1, "text_config": text,
         "vision_config": {"model_type": "blip_2_vision_model", "image_size": single(v.image_size), "patch_size": v.patch, "hidden_size": of["width"],
                           "num_hidden_layers": of["depth"], "num_attention_heads": of["heads"], "intermediate_size": of["hidden"],

@@ -186,3 +186,20 @@ def test_equals_transformers_bert(tmp_path):
     texts = ["A Photo of two dogs!", "the dog's bowl", "一只猫", "naïve CAFÉ", "unseen zzzz words", "[brackets] and-dashes"]
     want = theirs(texts, padding=True, truncation=True, max_length=12, return_tensors="pt")["input_ids"]
     assert torch.equal(load_tokenizer(tmp_path, PIECES)(texts), want) and torch.equal(load_tokenizer(tmp_path / "ours", PIECES)(texts), want)
+
+
+def test_equals_transformers_t5(tmp_path):
+    transformers = reference("transformers")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), ("▁a", -3.0), ("▁photo", -5.0), ("▁of", -4.0), ("▁two", -6.0),
+              ("▁dogs", -7.0), *((c, -9.0) for c in "abcdefghilmnoprstuwx")]
+    engine = Tokenizer(models.Unigram(pieces, unk_id=2))
+    engine.pre_tokenizer, engine.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=engine, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    fast.save_pretrained(tmp_path)
+    ours = load_tokenizer(tmp_path, TextPlan(kind="t5", vocab=100, length=12))
+    for text in ("a photo of two dogs", "the cats"):
+        assert ours([text])[0].tolist() == [0, *fast(text, add_special_tokens=False).input_ids, 1], "padding for a start, then theirs and an end"
+    assert ours.decode(ours(["a photo of two dogs"])[0]) == "a photo of two dogs" and (ours.start, ours.end, ours.pad) == (0, 1, 0)
+    with pytest.raises(UserError, match="read from its published files"):
+        make_tokenizer(TextPlan(kind="t5", vocab=100, length=12), CAPTIONS)

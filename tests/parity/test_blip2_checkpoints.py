@@ -1,9 +1,10 @@
-"""BLIP-2 through published files and back: Blip2QFormerModel, Blip2ForConditionalGeneration (OPT), Blip2ForImageTextRetrieval. Random weights,
-toy sizes, tolerance 1e-4."""
+"""BLIP-2 through published files and back: Blip2QFormerModel, Blip2ForConditionalGeneration (OPT, FlanT5), Blip2ForImageTextRetrieval. Random
+weights, toy sizes, tolerance 1e-4."""
 import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from reference import reference, shake
 
 from polysense.base.catalogue import preset_of
@@ -31,6 +32,24 @@ def speaker(tmp_path_factory):
     model = shake(hf.Blip2ForConditionalGeneration(hf.Blip2Config(vision_config=vision, qformer_config=qformer, text_config=text, num_query_tokens=5,
                                                                   image_token_index=59)))
     folder = tmp_path_factory.mktemp("speaker")
+    model.save_pretrained(folder)
+    return model, folder
+
+
+@pytest.fixture(scope="module")
+def replier(tmp_path_factory):
+    """With FlanT5."""
+    hf = reference("transformers")
+    vision, qformer, _ = parts()
+    torch.manual_seed(2)
+    text = {"model_type": "t5", "vocab_size": 60, "d_model": 16, "d_kv": 6, "d_ff": 24, "num_layers": 2, "num_heads": 3,
+            "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
+            "relative_attention_num_buckets": 8, "relative_attention_max_distance": 20, "decoder_start_token_id": 0}
+    model = hf.Blip2ForConditionalGeneration(hf.Blip2Config(vision_config=vision, qformer_config=qformer, text_config=text, num_query_tokens=5,
+                                                            image_token_index=59, use_decoder_only_language_model=False))
+    model.language_model.lm_head.weight = torch.nn.Parameter(torch.randn(60, 16))          # published files hold a head of their own
+    shake(model)
+    folder = tmp_path_factory.mktemp("replier")
     model.save_pretrained(folder)
     return model, folder
 
@@ -83,6 +102,44 @@ def test_opt_speaker_in_and_out(speaker, tmp_path):
     export(ours.state_dict(), preset.config, LAYOUT, tmp_path / "back", preset.feed)
     again = reference("transformers").Blip2ForConditionalGeneration.from_pretrained(tmp_path / "back").eval()
     compare(speaker_want(again, image, text), want)
+
+
+@torch.no_grad()
+def replier_want(model, image, text, reply):
+    ids = torch.cat([torch.full((len(text), 5), IMAGE_TOKEN), text], 1)
+    out = model(pixel_values=image, input_ids=ids, attention_mask=(ids != 0).long(), labels=reply)
+    return {"query": out.qformer_outputs.last_hidden_state, "logits": out.logits, "loss": out.loss}
+
+
+@torch.no_grad()
+def replier_got(system, image, text, reply):
+    query = system.qformer.look(system.see(image)).query
+    x, mask = system.language.join(system.to_language(query), text, text != 0)
+    logits = system.language.predict(reply, x, mask)[:, :-1]
+    return {"query": query, "logits": logits, "loss": F.cross_entropy(logits.flatten(0, 1), reply.flatten())}
+
+
+def test_flan_t5_replier_in_and_out(replier, tmp_path):
+    model, folder = replier
+    assert (folder / "config.json").is_file()
+    ours, preset = import_(folder, LAYOUT, presets)
+    image, text, reply = torch.randn(3, 3, 28, 28), torch.randint(3, 58, (3, 7)), torch.randint(3, 58, (3, 5))
+    text[:, 6], text[0, 4:] = 1, torch.tensor([1, 0, 0])
+    want = replier_want(model, image, text, reply)
+    compare(replier_got(ours, image, text, reply), want)
+    assert preset.config.end == 1 and preset.config.start == 0 and preset.config.language.encoder.depth == 2
+
+    prompt = torch.cat([torch.zeros(3, 1, dtype=torch.long), text], 1)                      # as the feed writes it: start, words, end
+    new = ours.generate_text(image, prompt, max_new=6)
+    theirs = model.generate(pixel_values=image, input_ids=torch.cat([torch.full((3, 5), IMAGE_TOKEN), text], 1), max_new_tokens=6, do_sample=False,
+                            attention_mask=torch.cat([torch.ones(3, 5), text != 0], 1).long())
+    for a, b in zip(new, theirs[:, 1:] if int(theirs[0, 0]) == 0 else theirs, strict=True):
+        stop = int((a == 1).int().argmax()) + 1 if (a == 1).any() else len(a)
+        assert torch.equal(a[:stop], b[:stop])
+
+    export(ours.state_dict(), preset.config, LAYOUT, tmp_path / "back", preset.feed)
+    again = reference("transformers").Blip2ForConditionalGeneration.from_pretrained(tmp_path / "back").eval()
+    compare(replier_want(again, image, text, reply), want)
 
 
 def test_generation_is_theirs(speaker):
@@ -167,8 +224,8 @@ def test_what_transformers_has_no_class_for_is_refused(speaker, tmp_path):
         LAYOUT.keymap(preset_of("blip2").config)
     _, folder = speaker
     config = json.loads((folder / "config.json").read_text())
-    config["text_config"]["model_type"] = "t5"
+    config["text_config"]["model_type"] = "bloom"
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
-    with pytest.raises(UserError, match="those with OPT"):
+    with pytest.raises(UserError, match="those with OPT or FlanT5"):
         import_(tmp_path, LAYOUT, presets)

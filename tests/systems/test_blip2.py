@@ -10,6 +10,7 @@ import polysense
 from polysense.base.catalogue import preset_of
 from polysense.base.errors import UserError
 from polysense.connectors.qformer import QFormer
+from polysense.towers.seq2seq import flan_t5
 from polysense.train.fit import Diverged, fit
 
 recipe = polysense.load("blip2")
@@ -245,3 +246,56 @@ def test_parameters_are_those_of_the_paper():
     count = lambda *parts: sum(p.numel() for part in parts for p in part.parameters())
     assert abs(count(first.qformer, first.align_heads) / 188e6 - 1) < 0.01, "section 3.1: 188M in the Q-Former"
     assert abs(count(second.language) / 2.65e9 - 1) < 0.02
+
+
+@pytest.fixture()
+def replier():
+    torch.manual_seed(0)
+    small = preset_of("blip2", "tiny_t5").but(**{k: v for k, v in SMALL.items() if ".language." not in k})
+    return small.but(**{"config.language": flan_t5(vocab=64, width=24, depth=2, heads=2, head_width=8, hidden=32)}).config.build().eval()
+
+
+@pytest.mark.parametrize("die", [0.0, 0.5, 0.999])
+def test_an_encoder_decoder_is_given_the_first_words_and_writes_the_rest(replier, batch, monkeypatch, die):
+    monkeypatch.setattr(torch, "rand", lambda *shape, **kw: torch.full(*shape, die))
+    soft, text, lm = replier.soft_prompt(batch["image"]), batch["text"], replier.language
+    terms, counted = [], 0
+    for row, prefix in zip(text, soft, strict=True):
+        words = row[1:][row[1:] != 0]                                     # the end is the last of them
+        k = int(die * len(words))
+        given, rest = torch.cat([words[:k], torch.tensor([2])]), words[k:]
+        x = torch.cat([prefix, lm.embed(given)])[None]
+        logits = lm.logits(lm.decode(torch.cat([torch.tensor([0]), rest[:-1]])[None], lm.read(x)))[0]
+        terms.append(F.cross_entropy(logits, rest, reduction="sum"))
+        counted += len(rest)
+    torch.testing.assert_close(replier.speak(batch)["language"], torch.stack(terms).sum() / counted, rtol=1e-4, atol=1e-5)
+    padded = {**batch, "text": F.pad(text, (0, 3))}
+    torch.testing.assert_close(replier.speak(padded)["language"], replier.speak(batch)["language"])
+
+
+def test_an_encoder_decoder_replies_to_the_words_of_the_prompt(replier, batch):
+    prompt = torch.tensor([[1, 9, 11, 2], [1, 9, 2, 0], [1, 2, 0, 0], [1, 7, 8, 9]])
+    got, lm = replier.generate_text(batch["image"], prompt, max_new=4), replier.language
+    for i, n in enumerate((2, 1, 0, 3)):
+        x = torch.cat([replier.soft_prompt(batch["image"][i:i + 1]), lm.embed(torch.cat([prompt[i, 1:1 + n], torch.tensor([2])]))[None]], 1)
+        said = torch.tensor([[0]])
+        for _ in range(4):
+            said = torch.cat([said, lm.logits(lm.decode(said, lm.read(x)))[:, -1].argmax(-1, keepdim=True)], 1)
+        want = said[0, 1:]
+        stop = int((want == 2).int().argmax()) + 1 if (want == 2).any() else 4
+        assert torch.equal(got[i, :stop], want[:stop])
+
+
+def test_stage_two_leaves_an_encoder_decoder_as_it_is(replier, batch):
+    before = {k: v.clone() for k, v in replier.language.state_dict().items()}
+    list(fit(replier, preset_of("blip2", "tiny_t5").stages[2].but(steps=2, **{"optim.warmup": 0}), repeat(batch)))
+    assert all(torch.equal(v, before[k]) for k, v in replier.language.state_dict().items())
+    replier.choose_trainable(("*",))
+    replier.speak(batch).total().backward()
+    assert replier.language.encoder_bias.table.grad.abs().sum() > 0 and replier.language.decoder_bias.table.grad.abs().sum() > 0
+
+
+def test_flan_t5_xl_has_its_published_size():
+    with torch.device("meta"):
+        system = preset_of("blip2", "paper_t5").config.build()
+    assert sum(p.numel() for p in system.language.parameters()) == 2_849_757_184, "google/flan-t5-xl"

@@ -8,7 +8,8 @@ Stage 1, align (section 3.2): 32 learned queries read the tokens of the last ViT
 
 with negatives from the batches of all ranks, no queue and no momentum: the tower is frozen, so batches can be large. The queries are computed
 once for contrast and caption. Stage 2, speak (section 3.3): the queries, projected to the width of the language model, stand in front of its
-word embeddings as soft prompts; its own loss on the text behind them trains the Q-Former and the projection alone.
+word embeddings as soft prompts; its own loss on the text behind them trains the Q-Former and the projection alone. An encoder-decoder
+(FlanT5) is also given the first words of the text, as many as a die says, and its loss is that of the rest.
 
 Both neighbours stay as they are, byte for byte. The tiny preset first teaches a language model to read captions without pictures (stage read).
 """
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from polysense.archetypes.prompted_lm import PromptedLM
 from polysense.base.card import Card
 from polysense.base.errors import UserError
 from polysense.base.system import (
@@ -33,24 +35,25 @@ from polysense.base.system import (
     Spec,
     Stage,
     Start,
-    System,
     TextPlan,
     ViewPlan,
     final,
 )
 from polysense.connectors.qformer import Looked, QFormer
 from polysense.decoders.words import WordHead
+from polysense.mechanisms.bag import bag
 from polysense.nn.block import PreNorm
 from polysense.nn.build import build
 from polysense.nn.head import LinearBias
 from polysense.nn.mlp import MLP
 from polysense.nn.norm import LayerNorm
 from polysense.nn.transformer import Transformer
-from polysense.objectives.language import IGNORE, labels_of, next_token
+from polysense.objectives.language import labels_of, next_token
 from polysense.objectives.matching import matching_loss, matching_pairs
 from polysense.objectives.spread import gather, places, world
-from polysense.towers.causal_lm import CausalLM, opt
+from polysense.towers.causal_lm import opt
 from polysense.towers.clip import body, image_tower
+from polysense.towers.seq2seq import flan_t5
 from polysense.towers.vit import ViT
 from polysense.weights import blip2_hf
 
@@ -77,26 +80,22 @@ class Alignment(nn.Module):
 
 
 @final
-class BLIP2(System):
+class BLIP2(PromptedLM):
     @dataclass(frozen=True, kw_only=True)
-    class Config(Spec):
-        vision: ViT.Config
+    class Config(PromptedLM.Config):
+        vision: Spec                         # a ViT, or what has its interface
         layer: int = -2                      # the block whose tokens are read, counted from the end
         norm: Spec                           # of what is read
         qformer: QFormer.Config
         dim: int = 256                       # of the joint space; 0: a model of stage 2 alone, without the heads of stage 1
         words: Spec | None = None            # a WordHead for the caption loss; without it (published matching models) stage 1 is over
-        language: CausalLM.Config | None = None
-        start: int                           # ids of the language model's tokens
-        end: int
         decode: int = 0                      # id of [DEC], an embedding of the Q-Former that no text has
-        prompt: tuple[int, ...] = ()         # what stands before every caption, behind the start token
         temperature: float = 0.07
         bounds: tuple[float, float] = (0.001, 0.5)
 
     def __init__(self, c: Config):
-        super().__init__()
-        self.vision, self.qformer, self.norm_vision = c.vision.build(), c.qformer.build(), build(c.norm, width=c.vision.width)
+        super().__init__(c, c.qformer.width, c.qformer.pad)
+        self.vision, self.qformer, self.norm_vision = c.vision.build(), c.qformer.build(), build(c.norm, width=c.qformer.source)
         blocks = len(self.vision.body.blocks)
         if not -blocks <= c.layer < 0:
             raise UserError(f"layer={c.layer} of a tower of {blocks} blocks", "count from the end: -1, -2, ...")
@@ -104,9 +103,7 @@ class BLIP2(System):
         words = build(c.words, width=c.qformer.width, vocab=c.qformer.vocab) if c.words is not None else None
         self.align_heads = Alignment(c.qformer.width, c.dim, words) if c.dim else None
         self.temperature = nn.Parameter(torch.tensor(c.temperature)) if c.words is not None else None
-        self.language = c.language.build() if c.language is not None else None
-        self.to_language = nn.Linear(c.qformer.width, c.language.width) if c.language is not None else None
-        self.start, self.end, self.pad, self.decode, self.prompt, self.bounds = c.start, c.end, c.qformer.pad, c.decode, c.prompt, c.bounds
+        self.decode, self.bounds = c.decode, c.bounds
 
     # -- what the parts say -------------------------------------------------------------------------------------------------------------
 
@@ -119,12 +116,6 @@ class BLIP2(System):
         if self.align_heads is None:
             raise UserError("this BLIP-2 has only its second stage", "matching and search need the weights of stage 1")
         return self.align_heads
-
-    @property
-    def speaker(self) -> tuple[CausalLM, nn.Linear]:
-        if self.language is None or self.to_language is None:
-            raise UserError("this BLIP-2 has only its first stage: no language model", "use a preset or checkpoint of stage 2")
-        return self.language, self.to_language
 
     def query_features(self, query: Tensor) -> Tensor:
         """[B,Q,D] -> unit features [B,Q,E] in the joint space."""
@@ -141,8 +132,13 @@ class BLIP2(System):
     # -- stage 0, 1, 2 ------------------------------------------------------------------------------------------------------------------
 
     def read(self, batch: Batch) -> Losses:
-        """The language model alone on captions: what it knows before it sees."""
-        return Losses(language=self.nll(batch["text"], None))
+        """The language model alone: captions, and captions behind a bag of their own words in the place of the soft prompts. What it knows before
+        it sees: to write, and to use what stands before."""
+        text = batch["text"]
+        words = (text != self.pad) & (text != self.end)
+        words[:, 0] = False
+        told = self.speaker.embed(bag(text, words, self.qformer.queries))
+        return Losses(language=self.nll(text, None), told=self.nll(text, told))
 
     def align(self, batch: Batch) -> Losses:
         if self.temperature is None:
@@ -171,20 +167,7 @@ class BLIP2(System):
 
     def soft_prompt(self, image: Tensor) -> Tensor:
         """image [B,3,H,W] -> [B,Q,width of the language model]."""
-        return self.speaker[1](self.qformer.look(self.see(image)).query)
-
-    def nll(self, text: Tensor, prefix: Tensor | None) -> Tensor:
-        """Mean -log p of the words of text [B,L] behind soft prompts [B,Q,.]. Soft prompts, the start token, `prompt` and padding count nothing."""
-        language, _ = self.speaker
-        given = text.new_tensor(self.prompt).expand(len(text), -1)
-        text = torch.cat([text[:, :1], given, text[:, 1:]], 1)
-        real = text != self.pad
-        label = labels_of(text, real)
-        label[:, :1 + len(self.prompt)] = IGNORE
-        soft = language.embed(text[:, :0]) if prefix is None else prefix
-        x, mask = language.join(soft, text, real)
-        label = torch.cat([label.new_full((len(text), soft.shape[1]), IGNORE), label], 1)
-        return next_token(language.logits(language.read(x, mask)), label)
+        return self.to_language(self.qformer.look(self.see(image)).query)
 
     # -- capabilities -------------------------------------------------------------------------------------------------------------------
 
@@ -203,22 +186,6 @@ class BLIP2(System):
             raise UserError(f"{len(image)} pictures and {len(text)} texts cannot be paired", "give equally many, or one of either")
         n, seen = max(len(image), len(text)), self.see(image)
         return self.match_logits(seen.expand(n, -1, -1), text.expand(n, -1)).float().softmax(-1)[:, 1]
-
-    @torch.no_grad()
-    def generate_text(self, image: Tensor, prompt: Tensor, *, max_new: int, how: Spec | None = None) -> Tensor:
-        """image [B,3,H,W], prompt [B,L] ids that begin with the start token -> new ids [B,N], N <= max_new, up to and with the end, then padding.
-
-        An end token in the prompt is passed over: the language model goes on from the words before it. Behind the start token alone stands
-        `prompt` of the configuration. how: a strategy of `towers.decoding`, greedy by default.
-        """
-        language, _ = self.speaker
-        real = (prompt != self.pad) & ((prompt != self.end) | (torch.arange(prompt.shape[1], device=prompt.device) == 0))
-        if self.prompt and int(real.sum(1).max()) == 1:
-            given = prompt.new_tensor(self.prompt).expand(len(prompt), -1)
-            prompt, real = torch.cat([prompt[:, :1], given], 1), torch.cat([real[:, :1], torch.ones_like(given, dtype=torch.bool)], 1)
-        kept = int(real.sum(1).max())
-        x, mask = language.join(self.soft_prompt(image), prompt[:, :kept], real[:, :kept])
-        return language.generate(x, mask, max_new=max_new, end=self.end, pad=self.pad, how=how)
 
     @torch.no_grad()
     def after_step(self, after: After) -> None:
@@ -254,6 +221,12 @@ def tiny() -> Preset:
                 Stage(name="speak", objective=BLIP2.speak, trainable=SPEAK, steps=300, batch_size=64, optim=optim)))
 
 
+def tiny_t5() -> Preset:
+    """`tiny` with an encoder-decoder of two blocks each for a language model: it is given the first words of a caption and writes the rest."""
+    base = tiny()
+    return base.but(config=base.config.but(language=flan_t5(vocab=2048, width=128, depth=2, heads=4, head_width=32, hidden=256)))
+
+
 def eva() -> ViT.Config:
     """EVA-CLIP's ViT-g/14 without its last block (section 3.4), as released."""
     norm = LayerNorm.Config(eps=1e-6)
@@ -283,3 +256,11 @@ def paper_opt() -> Preset:
         feed=base.feed.but(text=PromptPlan(vocab=50272, length=32)),
         stages=(Stage(name="speak", objective=BLIP2.speak, trainable=SPEAK, steps=80_000, batch_size=1920,
                       optim=Optim(lr=1e-4, weight_decay=0.05, betas=(0.9, 0.98), warmup=2000, final=0.5)),))
+
+
+def paper_t5() -> Preset:
+    """Stage 2 with FlanT5-XL: 80,000 steps of batch 1520."""
+    base = paper_opt()
+    language = flan_t5(vocab=32128, width=2048, depth=24, heads=32, hidden=5120, dropout=0.1)
+    return base.but(config=base.config.but(language=language, start=0, end=1, prompt=()), stages=(base.stages[0].but(batch_size=1520),),
+                    feed=base.feed.but(text=PromptPlan(kind="t5", vocab=32128, length=32, describe="a photo of")))

@@ -48,8 +48,11 @@ class LLaVA(VisualLM):
         pass
 
     def read(self, batch: Batch) -> Losses:
-        """Conversations without their pictures: what a language model knows before it sees."""
-        return Losses(language=self.blind_nll(batch["chat"]))
+        """What a language model knows before it sees: conversations, half of them without their pictures, half with words of the caption in the
+        picture's place, from which also the caption is told."""
+        chat, said, half = batch["chat"], (batch["brief"], batch["brief_reply"] & (batch["brief"] != self.end)), max(1, len(batch["chat"]) // 2)
+        return Losses(blind=self.blind_nll(chat[:half]), told=self.told_nll(chat[-half:], *(x[-half:] for x in said)),
+                      brief=self.told_nll(batch["brief"], *said))
 
     def align(self, batch: Batch) -> Losses:
         """One turn: an instruction to describe the picture, the caption replies."""

@@ -80,17 +80,25 @@ class LLaVA15(VisualLM):
         pass
 
     def read(self, batch: Batch) -> Losses:
-        """Conversations without their pictures: what a language model knows before it sees."""
-        return Losses(language=self.blind_nll(batch["chat"]))
+        """What a language model knows before it sees: conversations, half of them without their pictures, half with words of the caption in the
+        picture's place, from which also the caption is told."""
+        chat, text, half = batch["chat"], batch["text"], max(1, len(batch["chat"]) // 2)
+        shown, learned = self.shown(text)
+        said = learned & (shown != self.end)
+        return Losses(blind=self.blind_nll(chat[:half]), told=self.told_nll(chat[-half:], shown[-half:], said[-half:]),
+                      caption=self.told_nll(shown, shown, said))
 
-    def align(self, batch: Batch) -> Losses:
-        """`<image>` caption, nothing else: the caption is learned."""
-        text = batch["text"]
+    def shown(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Captions [B,L] -> `<image>` caption [B,L+1], and what is learned of it."""
         place = torch.full_like(text[:, :1], self.image_token)
         shown = torch.cat([text[:, :1], place, text[:, 1:]], 1)
         learned = shown != self.pad
         learned[:, :2] = False
-        return Losses(language=self.nll(batch["image"], shown, learned))
+        return shown, learned
+
+    def align(self, batch: Batch) -> Losses:
+        """`<image>` caption, nothing else: the caption is learned."""
+        return Losses(language=self.nll(batch["image"], *self.shown(batch["text"])))
 
     def instruct(self, batch: Batch) -> Losses:
         return Losses(language=self.nll(batch["image"], batch["chat"], batch["chat_reply"]))
