@@ -29,6 +29,26 @@ def info_nce(image: Tensor, text: Tensor, scale: Tensor | float) -> Tensor:
     return ((see - seen).sum() + (say - said).sum()) / (2 * at.share)
 
 
+def one_way_nce(query: Tensor, key: Tensor, scale: Tensor | float, queue: Tensor | None = None) -> Tensor:
+    """Each query against its own key among the keys of the global batch, and those of a `queue` [N,D] where there is one: the rows of `info_nce`
+    alone. query, key unit-norm [B,D]. Scalar.
+
+    With a queue it is MoCo's loss whose negatives are also the batch; with nearest neighbours as keys, DeCLIP's (Li et al. 2022, equation 7).
+    """
+    _check(query, key)
+    at = places(query)
+    keys = gather(key, at)
+    keys = keys if queue is None else torch.cat([keys, queue.detach().to(keys.dtype)])
+    rows, _, pairs = log_sum_exp(query, keys, scale, pair=at.start)
+    return (rows - pairs).sum() / at.share
+
+
+@torch.no_grad()
+def nearest(query: Tensor, keys: Tensor, block: int = 1024) -> Tensor:
+    """query [B,D], keys [N,D] of unit norm -> the nearest key of each [B,D], without a graph; no more than block x N products exist at a time."""
+    return torch.cat([keys[(q.to(keys.dtype) @ keys.T).argmax(1)] for q in query.split(block)])
+
+
 def nt_xent(one: Tensor, two: Tensor, temperature: Tensor | float) -> Tensor:
     """Chen et al. 2020 (SimCLR), eq. 1: each of the 2B views against its partner among the other 2B - 1 views. Scalar.
 

@@ -69,6 +69,15 @@ def places(x: Tensor) -> Places:
     return Places(tuple(int(n) for n in sizes.tolist()), rank)
 
 
+def widest(n: int, device: torch.device) -> int:
+    """The largest `n` of all ranks (one small collective); `n` itself outside `spread`."""
+    if world()[1] == 1:
+        return n
+    most = torch.tensor(n, device=device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=_group.get())
+    return int(most)
+
+
 def gather(x: Tensor, at: Places | None = None) -> Tensor:
     """x [n, ...] of this rank -> [N, ...] of all ranks in rank order, differentiable (once); `x` itself outside `spread`.
 

@@ -10,17 +10,34 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
-from polysense.objectives.contrastive import apart, info_nce, multi_positive, nt_xent, sigmoid_loss
+from polysense.objectives.clusters import agreement, sharpness, spread_entropy
+from polysense.objectives.contrastive import apart, info_nce, multi_positive, nearest, nt_xent, one_way_nce, sigmoid_loss
 from polysense.objectives.spread import gather, places, spread, world
+from polysense.objectives.tokenwise import token_nce
 
 N, D, RANKS = 9, 6, 2
 LABEL, TEXT_LABEL = torch.tensor([0, 0, 1, 2, 2, 3, 0, 1, 5]), torch.tensor([0, 1, 1, 2, 0, 3, 0, 1, 6])
 WEB = torch.tensor([0, -1, -1, 2, 0, -1, 0, 1, -1])          # -1: of no class, on both ranks
+QUEUE = F.normalize(torch.randn(5, D, generator=torch.Generator().manual_seed(9)), dim=-1)
+
+
+def words(a, b, part: slice):
+    """Rows as three tokens of width two; the second rank's texts are shorter than the first's."""
+    mask = torch.arange(3) < 1 + torch.arange(N)[part, None] % 3
+    longest = int(mask.sum(1).max())
+    one, two = (F.normalize(x.view(-1, 3, 2), dim=-1) for x in (a, b))
+    return one, (two * mask[..., None])[:, :longest], mask[:, :longest]
+
+
 LOSSES = {
     "info_nce": lambda a, b, s, part: info_nce(a, b, s),
     "nt_xent": lambda a, b, s, part: nt_xent(a, b, 1 / s),
     "sigmoid": lambda a, b, s, part: sigmoid_loss(a, b, s, -s / 3),
     "multi_positive": lambda a, b, s, part: multi_positive(a, b, s, LABEL[part], TEXT_LABEL[part]),
+    "queue": lambda a, b, s, part: one_way_nce(a, b, s, QUEUE),
+    "neighbours": lambda a, b, s, part: one_way_nce(a, nearest(b, QUEUE), s),
+    "tokens": lambda a, b, s, part: token_nce(*words(a, b, part), s),
+    "clusters": lambda a, b, s, part: agreement(s * a, b) + 0.5 * (sharpness(s * a) - spread_entropy(s * b)),
     "triplets": lambda a, b, s, part: multi_positive(a, b, s, apart(WEB[part])),
 }
 
