@@ -46,7 +46,7 @@ card = Card(
     official="google-research/pix2seq",
 )
 
-PARAMETERS = 149_451_704                     # counted here: ViT-B/16, six decoder layers, 35,000 tokens read and written; the paper gives no total
+PARAMETERS = 151_552_440                     # counted here: ViT-B/16, six decoder layers, 35,000 tokens read and written; the paper gives no total
 LIGHT = 0.1                                  # weight of ends, padding and hidden points
 TASKS = ("detect", "segment", "keypoints", "caption")
 
@@ -80,6 +80,7 @@ class Pix2SeqV2(System):
         self.c, self.v, self.classes = c, c.vocabulary, c.vocabulary.classes
         self.vision, self.decoder = c.vision.build(), c.decoder.build()
         self.project, self.norm = nn.Linear(c.vision.width, c.decoder.width), LayerNorm(LayerNorm.Config(width=c.decoder.width))  # type: ignore
+        self.mix = nn.Sequential(LayerNorm(LayerNorm.Config(width=c.decoder.width)), MLP(MLP.Config(width=c.decoder.width)))
         side = round(c.places ** 0.5)
         self.position = nn.Parameter(sincos_2d(c.decoder.width, (side, side)))       # learned from there on
         if c.bins_at_birth == "ordered":
@@ -87,8 +88,9 @@ class Pix2SeqV2(System):
             self.v.order(self.decoder.head.weight)
 
     def look(self, image: Tensor) -> Tensor:
-        """image [B,3,H,W] -> what the decoder reads [B,S,D]."""
-        return self.norm(self.project(self.vision.dense(image).flatten(1, 2))) + self.position
+        """image [B,3,H,W] -> what the decoder reads [B,S,D]: what stands at each place, and which place it is, mixed."""
+        x = self.norm(self.project(self.vision.dense(image).flatten(1, 2))) + self.position
+        return x + self.mix(x)
 
     # -- sequences ----------------------------------------------------------------------------------------------------------------------
 
