@@ -58,7 +58,8 @@ class DVAEEncoder(Part):
         groups: int = 4                      # stages; the stride is 2 ** (groups - 1)
         depth: int = 2                       # blocks a stage
         channels: int = 3
-        spread: float = 1.0                  # factor of the output's weights at birth: short runs do not live to see logits grow beyond the noise
+        spread: float = 1.0                  # factor of the output's weights at birth: short runs do not live to see logits grow beyond the noise.
+                                             # Above 1 a grey picture has equal logits as well: what all pictures share would choose their codes
 
     def __init__(self, c: Config):
         super().__init__()
@@ -66,8 +67,16 @@ class DVAEEncoder(Part):
         self.input = _conv(c.channels, c.width, 7)
         self.stages: Any = _stages(c.width, widths, c.depth, (3, 3, 3, 1))
         self.output = _conv(widths[-1], c.codes, 1)
-        self.output.weight.data.mul_(c.spread)
         self.stride, self.codes, self.channels = 2 ** (c.groups - 1), c.codes, c.channels
+        if c.spread > 1:
+            self._spread(c.spread)
+
+    @torch.no_grad()
+    def _spread(self, factor: float) -> None:
+        """Released weights give much the same logits everywhere; multiplied, the greatest of them would take every place."""
+        self.output.weight.mul_(factor)
+        grey = self(torch.full((1, self.channels, *[4 * self.stride] * 2), 0.5))
+        self.output.bias.copy_(-grey.mean((0, 2, 3)))  # type: ignore[union-attr]
 
     def forward(self, mapped: Tensor) -> Tensor:
         """mapped pixels [B,C,H,W] -> logits [B,K,h,w]."""

@@ -30,6 +30,12 @@ def kl_to_uniform(logits: Tensor) -> Tensor:
     return (log_q.exp() * log_q).nan_to_num(0.0).sum(-1) + log(logits.shape[-1])
 
 
+def kl_of_use(logits: Tensor) -> Tensor:
+    """KL of the mean softmax over all places from the uniform distribution, in nats: [..., K] -> scalar. Of the mean of `kl_to_uniform` it is the
+    part that says how unevenly codes are used; the rest is what a code tells of its place. 0 where all are used alike."""
+    return kl_to_uniform(logits.float().log_softmax(-1).flatten(0, -2).logsumexp(0))
+
+
 def relaxed_codes(logits: Tensor, temperature: float, generator: torch.Generator | None = None) -> Tensor:
     """A sample of the Gumbel-softmax distribution: softmax((logits + g) / temperature), [..., K], rows sum to one.
 

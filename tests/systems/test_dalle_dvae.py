@@ -10,7 +10,7 @@ import polysense
 from polysense.base.catalogue import preset_of
 from polysense.base.errors import UserError
 from polysense.base.system import After
-from polysense.objectives.codes import kl_to_uniform, logit_laplace, map_pixels, relaxed_codes, unmap_pixels
+from polysense.objectives.codes import kl_of_use, kl_to_uniform, logit_laplace, map_pixels, relaxed_codes, unmap_pixels
 from polysense.train.fit import fit
 
 recipe = polysense.load("dalle_dvae")
@@ -56,6 +56,37 @@ def test_divergence_from_the_uniform_prior_at_both_ends():
     torch.testing.assert_close(kl_to_uniform(F.one_hot(torch.tensor([3]), 8192) * 1e4), torch.tensor([log(8192)]))
     p = torch.tensor([0.5, 0.25, 0.25])
     assert kl_to_uniform(p.log()).item() == pytest.approx(float((p * (p * 3).log()).sum()), abs=1e-6)
+
+
+def test_uneven_use_is_the_part_of_the_divergence_that_all_places_share():
+    """E KL(q(z|x) || u) = I(x; z) + KL(E q || u): nothing is left where codes are used alike, all of it where the same is used everywhere."""
+    logits = torch.randn(6, 3, 5, 9) * 3
+    mean = logits.softmax(-1).flatten(0, -2).mean(0)
+    assert kl_of_use(logits).item() == pytest.approx(float((mean * (mean * 9).log()).sum()), abs=1e-5)
+    told = (logits.softmax(-1) * (logits.log_softmax(-1) - mean.log())).sum(-1).mean()           # what a code tells of its place
+    assert float(kl_to_uniform(logits).mean()) == pytest.approx(float(told + kl_of_use(logits)), abs=1e-5)
+    assert kl_of_use(F.one_hot(torch.arange(9), 9) * 1e3) == pytest.approx(0, abs=1e-5)
+    assert kl_of_use(F.one_hot(torch.tensor([4, 4]), 9) * 1e3) == pytest.approx(log(9), abs=1e-5)
+
+
+def test_paper_has_the_bound_alone_and_short_runs_keep_codes_in_use(image):
+    assert preset_of("dalle_dvae", "paper").config.even == 0 and preset_of("dalle_dvae", "paper").config.codec.encoder.spread == 1
+    torch.manual_seed(0)
+    watched = recipe.DiscreteVAE.Config(codec=recipe.codec(24, 8, 3, 1, 12), even=2.0).build()
+    losses = watched.losses({"image": image})
+    want = 2.0 * kl_of_use(watched.codec.logits(image)) * (2 * 4 * 4) / image.numel()
+    assert set(losses) == {"reconstruct", "kl", "even"} and losses["even"].item() == pytest.approx(float(want), rel=1e-5)
+    assert preset_of("dalle_dvae").config.even > 0 < preset_of("dalle_dvae", "small").config.even
+
+
+def test_with_spread_weights_a_grey_picture_prefers_no_code():
+    torch.manual_seed(0)
+    codec = recipe.codec(64, 16, 3, 1, 12, spread=10.0).build()
+    with torch.no_grad():
+        grey = codec.encoder(torch.full((1, 3, 16, 16), 0.5))
+        assert grey.mean((0, 2, 3)).abs().max() < 1e-4
+        codec.encoder.output.bias.zero_()
+        assert codec.encoder(torch.full((1, 3, 16, 16), 0.5)).mean((0, 2, 3)).std() > 1, "or the same few codes win everywhere"
 
 
 @pytest.mark.parametrize("mu, log_b", [(0.0, 0.0), (1.5, -1.0), (-2.0, 0.7)])

@@ -22,7 +22,7 @@ from polysense.archetypes.image_codec import ImageCodec
 from polysense.base.card import Card
 from polysense.base.system import After, Batch, Feed, ImagePlan, Losses, Optim, Preset, Stage, ViewPlan, final
 from polysense.decoders.dvae import DVAECodec, DVAEDecoder, DVAEEncoder
-from polysense.objectives.codes import kl_to_uniform, logit_laplace, map_pixels, relaxed_codes
+from polysense.objectives.codes import kl_of_use, kl_to_uniform, logit_laplace, map_pixels, relaxed_codes
 from polysense.weights import dvae_dalle
 
 card = Card(
@@ -45,6 +45,7 @@ class DiscreteVAE(ImageCodec):
         cool: float = 0.05                   # the temperature falls over this fraction of the stage
         beta: tuple[float, float] = (0.0, 6.6)
         rise: float = 1 / 600                # beta rises over this one
+        even: float = 0.0                    # weight of the uneven use of codes, beside beta (not in the paper)
 
     temperature: Tensor
     beta: Tensor
@@ -59,8 +60,10 @@ class DiscreteVAE(ImageCodec):
         image = batch["image"].clamp(0, 1)                                           # resampling overshoots; beyond, the density is not defined
         logits = self.codec.logits(image)
         mu, log_b = self.codec.spread(relaxed_codes(logits, float(self.temperature)))
-        return Losses(reconstruct=logit_laplace(map_pixels(image), mu, log_b).mean(),
-                      kl=self.beta * kl_to_uniform(logits).sum() / image.numel())
+        losses = Losses(reconstruct=logit_laplace(map_pixels(image), mu, log_b).mean(), kl=self.beta * kl_to_uniform(logits).sum() / image.numel())
+        if self.c.even:
+            losses["even"] = self.c.even * kl_of_use(logits) * logits[..., 0].numel() / image.numel()
+        return losses
 
     @torch.no_grad()
     def after_step(self, after: After) -> None:
@@ -90,7 +93,7 @@ def plan(size: int, view: ViewPlan, data: str, config: DiscreteVAE.Config, stage
 def tiny() -> Preset:
     """64 px to 16x16 codes of 256; beta is smaller, as few steps do not fill a code that the prior pulls at."""
     return plan(64, ViewPlan(size=64, flip=0.5), "scenes", DiscreteVAE.Config(
-        codec=codec(256, 32, 3, 1, 64, spread=10.0), cool=0.8, beta=(0.01, 0.3), rise=0.2), Stage(
+        codec=codec(256, 32, 3, 1, 64, spread=10.0), cool=0.8, beta=(0.01, 0.3), rise=0.2, even=6.6), Stage(
             objective=DiscreteVAE.losses, steps=800, batch_size=16, optim=Optim(lr=6e-3, weight_decay=1e-4, warmup=20, clip=1.0, final=0.05)))
 
 
