@@ -61,6 +61,13 @@ class WordsPlan(TextPlan):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DropoutPlan(TextPlan):
+    """Text whose words are spelled anew in training: each merge of the byte-pair encoding is left out with a chance (BPE-dropout)."""
+    dropout: float
+    plain = WordsPlan.plain
+
+
+@dataclass(frozen=True, kw_only=True)
 class PromptPlan(TextPlan):
     """Text of a system that writes: how it is asked. Its tokeniser also learns the words of questions and answers."""
     pad: str = "zero"                                   # padding must not look like an end

@@ -53,7 +53,7 @@ for name, command, panel in (
         ("index", use.index, USE), ("search", use.search, USE), ("label", use.label, USE), ("encode", use.encode, USE),
         ("caption", talk.caption, USE), ("ask", talk.ask, USE), ("chat", talk.chat, USE),
         ("match", match.match, USE), ("reconstruct", codes.reconstruct, USE), ("attend", attend.attend, USE), ("codes", codes.codes, USE),
-        ("generate", draw.generate, USE),
+        ("decode", codes.decode, USE), ("generate", draw.generate, USE),
         ("segment", mask.segment, USE), ("detect", mask.detect, USE), ("render", scene.render, USE),
         ("agent", agents.agent, USE), ("clips", clips.clips, USE),
         ("convert", systems.convert, BUILD), ("new", systems.new, BUILD)):

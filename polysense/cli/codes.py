@@ -1,6 +1,7 @@
-"""reconstruct and codes: pictures as a system sees them, and as the numbers that it makes of them."""
+"""reconstruct, codes, decode: pictures as a system sees them, as the numbers that it makes of them, and back."""
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,14 +56,16 @@ def reconstruct(pictures: Annotated[list[Path], typer.Argument(metavar="PICTURE.
         say(f"{len(paths)} pictures in {out}: above as read, below drawn again")
 
 
-def codes(source: Annotated[list[Path], typer.Argument(metavar="PICTURE...|CODES.npz", help="Pictures or folders of them; or codes, to draw.")],
+def codes(source: Annotated[list[Path], typer.Argument(metavar="PICTURE...|CODES", help="Pictures or folders of them; or codes, to draw.")],
           model: Model,
-          out: Annotated[Path, typer.Option(metavar="CODES.npz|DIR", help="Of pictures: arrays path and codes. Of codes: a folder of PNGs.")],
+          out: Annotated[Path | None, typer.Option(metavar="CODES.npz|.json|DIR", help="Of pictures: what is written of them, by default JSON to "
+                                                   "standard output. Of codes: see decode.")] = None,
           system: System = None, layout: Layout = None, device: Device = None, as_json: Json = False) -> None:
-    """Turn pictures into the grids of code numbers of an image codec, and such numbers back into pictures.
+    """Turn pictures into the grids of code numbers of an image codec, as {"path": [...], "codes": [[[...]]]}.
 
     \b
     Examples
+      polysense codes photo.jpg -m runs/vq_vae > ids.json
       polysense codes ~/photos -m runs/vq_vae --out codes.npz
       polysense codes codes.npz -m runs/vq_vae --out drawn/
     """
@@ -71,28 +74,57 @@ def codes(source: Annotated[list[Path], typer.Argument(metavar="PICTURE...|CODES
     from polysense.app.files import place
     from polysense.cli.out import json_out, say
 
-    back = len(source) == 1 and source[0].suffix == ".npz"
-    paths = [] if back else found(source)
-    pipeline = opened(model, system, layout, device)
-    if back:
-        names, grids = read_codes(source[0])
-        drawn = pipeline.decode_codes(grids)
-        out.mkdir(parents=True, exist_ok=True)
-        for i, (name, picture) in enumerate(zip(names, drawn, strict=True)):
-            with place(out / f"{i:05d}-{Path(name).stem}.png") as beside:
-                picture.save(beside, "PNG")
-        json_out({"out": str(out), "pictures": len(drawn)}) if as_json else say(f"{len(drawn)} pictures in {out}")
+    if len(source) == 1 and source[0].suffix in (".npz", ".json"):
+        return decode(source[0], model, Path("decoded") if out is None else out, system, layout, device, as_json)
+    if out is not None and out.suffix not in (".npz", ".json"):
+        raise UserError(f"cannot write codes into {str(out)!r}", "give a name that ends in .npz or .json")
+    paths = found(source)
+    grids = opened(model, system, layout, device).encode_codes(paths)
+    held = {"path": [str(p) for p in paths], "codes": grids.tolist()}
+    if out is None:
+        print(json.dumps(held))
         return
-    if out.suffix != ".npz":
-        raise UserError(f"cannot write codes into {str(out)!r}", "give a name that ends in .npz")
-    grids = pipeline.encode_codes(paths)
-    with place(out) as beside, beside.open("wb") as file:
-        np.savez_compressed(file, path=np.array([str(p) for p in paths]), codes=grids)
+    with place(out) as beside:
+        if out.suffix == ".json":
+            beside.write_text(json.dumps(held) + "\n", encoding="utf-8")
+        else:
+            with beside.open("wb") as file:
+                np.savez_compressed(file, path=np.array(held["path"]), codes=grids)
     told = {"out": str(out), "pictures": len(paths), "grid": list(grids.shape[1:]), "different": len(np.unique(grids))}
     if as_json:
         json_out(told)
     else:
         say(f"{len(paths)} pictures in {out}: grids of {grids.shape[1]}x{grids.shape[2]}, {told['different']} different codes")
+
+
+def decode(source: Annotated[Path, typer.Argument(metavar="CODES", help="What `polysense codes` wrote, .npz or .json; or a JSON file of one "
+                                                  "grid of code numbers, or of a list of grids.")],
+           model: Model,
+           out: Annotated[Path, typer.Option(metavar="FILE.png|DIR", help="One picture; or a folder, of several.")] = Path("decoded"),
+           system: System = None, layout: Layout = None, device: Device = None, as_json: Json = False) -> None:
+    """Draw pictures from grids of code numbers.
+
+    \b
+    Examples
+      polysense decode ids.json -m runs/vq_vae --out photo.png
+      polysense decode codes.npz -m runs/vq_vae --out drawn/
+    """
+    from polysense.app.files import place
+    from polysense.cli.mask import png
+    from polysense.cli.out import json_out, say
+
+    names, grids = read_codes(source)
+    if out.suffix:
+        png(out)
+        if len(names) != 1:
+            raise UserError(f"{len(names)} pictures do not fit into {out.name}", "give a folder")
+    drawn = opened(model, system, layout, device).decode_codes(grids)
+    if not out.suffix:
+        out.mkdir(parents=True, exist_ok=True)
+    for i, (name, picture) in enumerate(zip(names, drawn, strict=True)):
+        with place(out if out.suffix else out / f"{i:05d}-{Path(name).stem}.png") as beside:
+            picture.save(beside, {".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}.get(out.suffix.lower(), "PNG"))
+    json_out({"out": str(out), "pictures": len(drawn)}) if as_json else say(f"{len(drawn)} pictures in {out}")
 
 
 def found(given: list[Path]) -> list[Path]:
@@ -108,14 +140,25 @@ def found(given: list[Path]) -> list[Path]:
 
 
 def read_codes(path: Path) -> tuple[list[str], Any]:
-    """(names, codes) of a file that `codes` wrote."""
+    """(names [N], codes [N,h,w]) of a file that `codes` wrote, or of a JSON file of grids without names."""
     import numpy as np
 
+    if not path.is_file():
+        raise UserError(f"no file {str(path)!r}", "check the path")
     try:
-        with np.load(path, allow_pickle=False) as held:
-            return [str(p) for p in held["path"]], held["codes"]
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        raise UserError(f"cannot read codes from {str(path)!r}", "give a file that `polysense codes` wrote") from error
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as held:
+                names, grids = [str(p) for p in held["path"]], held["codes"]
+        else:
+            told = json.loads(path.read_text(encoding="utf-8"))
+            grids = np.array(told["codes"] if isinstance(told, dict) else told)
+            grids = grids[None] if grids.ndim == 2 else grids
+            names = [str(p) for p in told["path"]] if isinstance(told, dict) and "path" in told else ["codes"] * len(grids)
+    except (OSError, ValueError, KeyError, EOFError, TypeError) as error:
+        raise UserError(f"cannot read codes from {str(path)!r}", "give a file that `polysense codes` wrote, or a grid of numbers as JSON") from error
+    if grids.ndim != 3 or grids.dtype.kind not in "iu" or len(names) != len(grids):
+        raise UserError(f"{str(path)!r} holds {grids.dtype} {list(grids.shape)} for {len(names)} pictures", "a grid is rows of whole numbers")
+    return names, grids
 
 
 def opened(model: str, system: str | None, layout: str | None, device: str | None) -> Any:

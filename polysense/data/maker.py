@@ -19,8 +19,9 @@ from torch import Tensor
 
 from polysense.base.batch import VOCABULARY, Batch
 from polysense.base.errors import UserError
-from polysense.base.plan import ChatPlan, CropFeed, EpisodePlan, Feed, ImagePlan, VideoPlan, ViewPlan
+from polysense.base.plan import ChatPlan, CropFeed, DropoutPlan, EpisodePlan, Feed, ImagePlan, VideoPlan, ViewPlan
 from polysense.data import clips, images, views
+from polysense.data.bpe_dropout import Splitter
 from polysense.data.chat import Chat, episodes
 from polysense.data.outline import outlines
 from polysense.data.sources import BadSample, Sample, Source, name_of
@@ -109,6 +110,7 @@ class Maker:
         largest = getattr(source, "largest", None)
         self.canvas = min(views.canvas_side(self.work), -(-largest // 8) * 8) if self.plans and largest else views.canvas_side(self.work)
         self.reads = self._reads()
+        self.split = Splitter(tokenizer, feed.text.dropout) if train and tokenizer and isinstance(feed.text, DropoutPlan) else None
         self._start()
 
     def _start(self) -> None:
@@ -372,7 +374,11 @@ class Maker:
         pick = lambda options, u: options[int(u * len(options)) if self.train else 0]
         if "text" in self.keys or "text_mask" in self.keys:
             said = [pick([c for c in a["captions"] if c.strip()], u) for a, u in zip(abouts, chance)]
-            batch["text"], batch["text_mask"] = self.tokenizer.encode(said)
+            if self.split is None:
+                batch["text"], batch["text_mask"] = self.tokenizer.encode(said)
+            else:
+                batch["text"], batch["text_mask"] = self.split.encode(said, [
+                    np.random.default_rng([self.seed, step, 3, self.rank * local + i]) for i in range(len(said))])
         if "question" in self.keys or "answer" in self.keys:
             asked = [pick(a.get("qa") or [(a["question"], a.get("answer", ""))], u) for a, u in zip(abouts, chance)]
             batch["question"], batch["answer"] = self.tokenizer([q for q, _ in asked]), self.tokenizer([str(a) for _, a in asked])

@@ -44,15 +44,43 @@ def test_codes_and_back_are_the_reconstruction(place, tmp_path, capsys):
     assert len(drawn) == 3 and all(np.array_equal(np.asarray(Image.open(d)), np.asarray(w)) for d, w in zip(drawn, want, strict=True))
 
 
+def test_ids_go_to_standard_output_and_back_to_the_same_picture(place, tmp_path, capsys):
+    import polysense
+
+    photo = sorted((place / "photos").rglob("*.*"))[0]
+    capsys.readouterr()
+    assert run("codes", photo, "-m", place / "vq") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["path"] == [str(photo)]
+    (tmp_path / "ids.json").write_text(json.dumps(told))
+    (tmp_path / "grid.json").write_text(json.dumps(told["codes"][0]))           # of any origin: one grid, without a name
+    want = np.asarray(polysense.open(place / "vq").reconstruct([str(photo)])[0])
+    for name in ("ids", "grid"):
+        assert run("decode", tmp_path / f"{name}.json", "-m", place / "vq", "--out", tmp_path / f"{name}.png") == 0
+        assert np.array_equal(np.asarray(Image.open(tmp_path / f"{name}.png")), want)
+    assert run("codes", place / "photos", "-m", place / "vq", "--out", tmp_path / "all.json", "--json") == 0
+    assert run("decode", tmp_path / "all.json", "-m", place / "vq", "--out", tmp_path / "drawn") == 0
+    assert len(list((tmp_path / "drawn").glob("*.png"))) == 3
+
+
 def test_mistakes_are_one_line(place, tmp_path, capsys):
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "bad.npz").write_bytes(b"PK no")
+    (tmp_path / "broken.json").write_text("[[1, 2")
+    (tmp_path / "ragged.json").write_text("[[1, 2], [3]]")
+    (tmp_path / "half.json").write_text("[[0.5, 1.0]]")
+    (tmp_path / "two.json").write_text(json.dumps(np.zeros((2, 4, 4), int).tolist()))
     np.savez(tmp_path / "wild.npz", path=np.array(["a"]), codes=np.full((1, 4, 4), 10 ** 6))
     for words, says in (
             (("reconstruct", tmp_path / "none.png", "-m", place / "vq"), "none.png"),
             (("reconstruct", tmp_path / "empty.png", "-m", place / "vq"), "no bytes"),
             (("codes", place / "photos", "-m", place / "vq", "--out", tmp_path / "c.txt"), ".npz"),
             (("codes", tmp_path / "bad.npz", "-m", place / "vq", "--out", tmp_path / "d"), "cannot read codes"),
+            (("decode", tmp_path / "none.json", "-m", place / "vq"), "none.json"),
+            (("decode", tmp_path / "broken.json", "-m", place / "vq"), "cannot read codes"),
+            (("decode", tmp_path / "ragged.json", "-m", place / "vq"), "cannot read codes"),
+            (("decode", tmp_path / "half.json", "-m", place / "vq"), "whole numbers"),
+            (("decode", tmp_path / "two.json", "-m", place / "vq", "--out", tmp_path / "one.png"), "give a folder"),
             (("codes", tmp_path / "wild.npz", "-m", place / "vq", "--out", tmp_path / "d"), "outside")):
         capsys.readouterr()
         assert run(*words) == 2

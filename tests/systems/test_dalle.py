@@ -8,6 +8,7 @@ from PIL import Image
 import polysense
 from polysense.base.catalogue import preset_of
 from polysense.base.errors import UserError
+from polysense.base.plan import DropoutPlan
 from polysense.cli import main
 from polysense.nn.sparse import KINDS, pattern, patterns
 from polysense.train.fit import fit
@@ -173,7 +174,7 @@ def test_ranked_takes_the_scorer_of_the_tiny_clip():
     with torch.device("meta"):
         ours, theirs = plan.config.scorer.build(), clip.config.build()
     assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
-    assert plan.feed.text == clip.feed.text, "they read the same tokens"
+    assert plan.feed.text.plain == clip.feed.text, "they read the same tokens"
     assert plan.starts[1].into == "scorer" and plan.config.candidates == 8
 
 
@@ -186,6 +187,12 @@ def test_scorer_reads_pictures_as_clip_does():
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (recipe.CLIP_MEAN, recipe.CLIP_STD))
     want = (clip.encode_image((image - mean) / std) * clip.encode_text(text)).sum(-1)
     torch.testing.assert_close(scorer(image, text), want)
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny_vq", "ranked", "paper"])
+def test_one_in_ten_merges_of_a_caption_is_left_out(name):
+    words = preset_of("dalle", name).feed.text
+    assert isinstance(words, DropoutPlan) and words.dropout == 0.1 and words.plain.length == words.length
 
 
 @pytest.mark.parametrize("call", [

@@ -7,7 +7,8 @@ The picture is the grid of codes of a frozen discrete VAE (the system `dalle_dva
 with one decoder-only transformer and minimises CE_text / 8 + 7 CE_image / 8, each a mean over its own tokens (section 2.2). Text is causal,
 every image token sees all of the text, and of the image what the layer's pattern leaves: the `side` tokens before it (row), its column (every
 fourth layer), in the last layer a causal 11x11 window. Padding behind a short text is not masked: every position has a padding token of its
-own. To draw, N candidates are sampled at temperature 1, decoded, and the one is kept that CLIP finds most like the text (section 2.6).
+own. In training one in ten merges of the captions' byte-pair encoding is left out. To draw, N candidates are sampled at temperature 1,
+decoded, and the one is kept that CLIP finds most like the text (section 2.6).
 """
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from polysense.archetypes.token_generator import TokenGenerator
 from polysense.base.card import Card
 from polysense.base.errors import UserError
+from polysense.base.plan import DropoutPlan
 from polysense.base.system import Batch, Feed, ImagePlan, Losses, Optim, Preset, Spec, Stage, Start, TextPlan, ViewPlan, final
 from polysense.decoders.dvae import DVAECodec, DVAEDecoder, DVAEEncoder
 from polysense.decoders.vq_codec import ConvDecoder, ConvEncoder, VectorQuantizer, VQCodec
@@ -36,6 +38,7 @@ card = Card(
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
+DROPOUT = 0.1                                # of merges of the captions' encoding, in training (section 2.2)
 PARAMETERS = 12_391_465_094                  # the paper says 12 billion; the tokenizer's 97.6M are counted here
 
 
@@ -113,7 +116,7 @@ def tiny() -> Preset:
     """32 px scenes: up to 24 text tokens, then 8x8 codes of 128."""
     config = DALLE.Config(codec=dvae(128, 32, 3, 1, 64, spread=10.0), body=body(128, 4, 4, 24, 8, kernel=5), text_vocab=512, text_length=24, side=8)
     stage_1 = Start(into="codec", from_="dalle_dvae", take="codec", preset="small")
-    return preset(32, config, TextPlan(vocab=512, length=24), (stage_1,), "scenes:single", Stage(
+    return preset(32, config, DropoutPlan(vocab=512, length=24, dropout=DROPOUT), (stage_1,), "scenes:single", Stage(
         objective=DALLE.losses, trainable=LEARNS, steps=800, batch_size=64,
         optim=Optim(lr=2e-3, betas=(0.9, 0.96), weight_decay=0.045, warmup=60, clip=1.0, final=0.05)))
 
@@ -129,7 +132,7 @@ def tiny_vq() -> Preset:
 
 def ranked() -> Preset:
     """tiny, of whose eight candidates the tiny CLIP, which shares the tokenizer, picks the best."""
-    words, base = TextPlan(vocab=4096, length=48), tiny()
+    words, base = DropoutPlan(vocab=4096, length=48, dropout=DROPOUT), tiny()
     pair = {k: v for k, v in tiny_pair().items() if k in ("vision", "text", "image_head", "text_head")}
     scorer = Scorer.Config(**pair, size=64, mean=CLIP_MEAN, std=CLIP_STD)
     return base.but(starts=(*base.starts, Start(into="scorer", from_="clip")), **{
@@ -143,6 +146,7 @@ def paper() -> Preset:
     Candidates are ranked outside: the paper's CLIP reads other tokens.
     """
     config = DALLE.Config(codec=dvae(8192, 256, 4, 2, 128), body=body(3968, 64, 62, 256, 32), text_vocab=16_384, text_length=256, side=32)
-    return preset(256, config, TextPlan(vocab=16_384, length=256), (Start(into="codec", from_="dalle_dvae", take="codec", preset="paper"),), "laion",
+    stage_1 = Start(into="codec", from_="dalle_dvae", take="codec", preset="paper")
+    return preset(256, config, DropoutPlan(vocab=16_384, length=256, dropout=DROPOUT), (stage_1,), "laion",
                   Stage(objective=DALLE.losses, trainable=LEARNS, steps=430_000, batch_size=1024,
                         optim=Optim(lr=4.5e-4, betas=(0.9, 0.96), weight_decay=4.5e-2, clip=4.0, warmup=5000)))
