@@ -9,7 +9,7 @@ from polysense.weights.layout import Layout
 from polysense.weights.sizes import Dict, act_name, body_of, count, image_feed, size, within
 from polysense.weights.unet_sizes import LATENT, norm, read_schedule, read_unet, square, write_schedule, write_unet
 
-OWN = (r"log_noise", r"critic\..*", r"word")              # said in a configuration file, or needed in training only
+OWN = (r"log_noise", r"(critic|perceptual)\..*", r"word")              # said in a configuration file, or needed in training only
 SCHEDULE = (r"(model_ema|loss)\..*",
             r"(betas|alphas_cumprod|alphas_cumprod_prev|sqrt_.*|log_one_minus_.*|posterior_.*|lvlb_weights|logvar|scale_factor)")
 TEXT_PARTS = ("embeddings", "encoder", "final_layer_norm")

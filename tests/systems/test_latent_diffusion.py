@@ -11,12 +11,14 @@ from polysense.base.errors import UserError
 from polysense.base.system import After
 from polysense.decoders.kl_vae import KLVAE, kl_to_normal
 from polysense.decoders.patch_critic import PatchCritic
+from polysense.decoders.perceptual import Perceptual, vgg_rows
 from polysense.nn.maps import mixing, recorded
 from polysense.nn.norm import GroupNorm
 from polysense.systems.generate.latent_diffusion import StableDiffusion
 from polysense.towers.clip import body
 from polysense.towers.clip_text import ClipText
 from polysense.train.fit import fit
+from polysense.weights.lpips import write_perceptual
 
 polysense.load("latent_diffusion")
 TINY = preset_of("latent_diffusion")
@@ -188,6 +190,42 @@ def test_the_critic_joins_late_and_minds_its_own_gradient(batch):
     system.zero_grad()
     system.compress(batch)["critic"].backward()
     assert {n.split(".")[0] for n, p in system.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0} == {"critic"}
+
+
+SEEN = Perceptual.Config(rows=vgg_rows((1, 1), base=4), seen=(0, 1))
+
+
+def test_the_auto_encoder_minds_what_a_network_sees(batch):
+    """|x - D(z)| + weight * d(x, D(z)), and with it a gradient for the auto-encoder alone."""
+    def detail(**change):
+        torch.manual_seed(0)
+        system = StableDiffusion(SMALL.config.but(**change)).train()
+        torch.manual_seed(1)
+        return system, system.compress(batch)["detail"]
+    torch.manual_seed(0)
+    (_, plain), (_, none), (system, one) = detail(), detail(perceptual=SEEN, perceptual_weight=0.0), detail(perceptual=SEEN, perceptual_weight=2.0)
+    torch.testing.assert_close(plain, none)
+    torch.manual_seed(1)
+    mean, log = system.vae.moments(batch["image"])
+    drawn = system.vae.decode(mean + (0.5 * log).exp() * torch.randn_like(mean))
+    torch.testing.assert_close(one, plain + 2 * system.perceptual(batch["image"], drawn).mean())
+    one.backward()
+    assert {n.split(".")[0] for n, p in system.named_parameters() if p.grad is not None} == {"vae", "log_noise"}
+    assert TINY.config.perceptual is None and preset_of("latent_diffusion", "autoencoder").config.perceptual == Perceptual.Config()
+
+
+def test_the_perceptual_network_comes_from_published_files(tmp_path):
+    torch.manual_seed(3)
+    other = SEEN.build()
+    other.weigh[0].fill_(0.25)
+    torch.save(write_perceptual(other, SEEN), tmp_path / "lpips.pth")
+    system = StableDiffusion(SMALL.config.but(perceptual=SEEN, perceptual_files=(str(tmp_path / "lpips.pth"),)))
+    system.after_start()
+    assert all(torch.equal(v, other.state_dict()[k]) for k, v in system.perceptual.state_dict().items())
+    with pytest.raises(UserError, match="no file"):
+        StableDiffusion(SMALL.config.but(perceptual=SEEN, perceptual_files=("absent.pth",))).after_start()
+    with pytest.raises(UserError, match="without a perceptual network"):
+        StableDiffusion(SMALL.config.but(perceptual_files=("lpips.pth",)))
 
 
 def test_the_learned_noise_weighs_the_detail(system, batch):

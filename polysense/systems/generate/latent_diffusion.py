@@ -3,11 +3,13 @@
 An auto-encoder first learns a space of f x f times fewer places in which pictures lose next to nothing a person would see: E(x) is the mean and
 the log-variance of z, and
 
-    L_1 = |x - D(z)| / exp(s) + s + 1e-6 KL(E(x) || N(0, I)) + lambda * critic,    z ~ E(x), s learned              (appendix G, equation 25)
+    L_1 = (|x - D(z)| + d(x, D(z))) / exp(s) + s + 1e-6 KL(E(x) || N(0, I)) + lambda * critic,    z ~ E(x), s learned   (appendix G, equation 25)
 
-with a critic of patches that joins late, and lambda the ratio of both terms' gradients at the decoder's last layer (Esser et al. 2021). Then it
-is frozen. A U-Net learns to take noise from z, scaled to unit deviation, while it reads the caption y through cross-attention, whose queries are
-the places of its maps and whose keys and values are the states tau(y) of a frozen CLIP text tower (all 77 of them, after the last norm):
+with the distance d that a trained network sees (LPIPS), a critic of patches that joins late, and lambda the ratio of both terms' gradients at the
+decoder's last layer (Esser et al. 2021). The network of d comes from a trained VGG or from published files (`perceptual_files`); `tiny` has neither
+d nor critic. Then the auto-encoder is frozen. A U-Net learns to take noise from z, scaled to unit deviation, while it reads the caption y through
+cross-attention, whose queries are the places of its maps and whose keys and values are the states tau(y) of a frozen CLIP text tower (all 77 of them,
+after the last norm):
 
     L_2 = || e - eps(A_t z + B_t e, t, tau(y)) ||^2,    e ~ N(0, I)                                                  (equation 3)
 
@@ -22,10 +24,13 @@ from torch import Tensor, nn
 from polysense.archetypes.latent_diffusion import LatentDiffusion
 from polysense.archetypes.stable_diffusion import PARAMETERS, TINY_WORDS, WORDS, pictures, tiny_base, version_1
 from polysense.base.card import Card
+from polysense.base.errors import UserError
 from polysense.base.system import After, Batch, Losses, Optim, Preset, Spec, Stage, Start, final
 from polysense.decoders.kl_vae import kl_to_normal
 from polysense.decoders.patch_critic import PatchCritic, balance, hinge
+from polysense.decoders.perceptual import Perceptual
 from polysense.weights import latent_diffusion as layouts
+from polysense.weights.lpips import load_perceptual
 
 __all__ = ["PARAMETERS", "StableDiffusion"]
 
@@ -42,6 +47,9 @@ weights = {"diffusers": layouts.DIFFUSERS, "original": layouts.ORIGINAL}
 class StableDiffusion(LatentDiffusion):
     @dataclass(frozen=True, kw_only=True)
     class Config(LatentDiffusion.Config):
+        perceptual: Spec | None = None       # a Perceptual, for the auto-encoder; None: its loss has no such term
+        perceptual_weight: float = 1.0
+        perceptual_files: tuple[str, ...] = ()               # LPIPS as published, read once before training; (): as the Start left it
         critic: Spec | None = None           # a PatchCritic, for the auto-encoder
         critic_from: int = 50_001            # step at which it joins
         critic_weight: float = 0.5           # beside the balance of gradients
@@ -51,9 +59,17 @@ class StableDiffusion(LatentDiffusion):
     def __init__(self, c: Config):
         super().__init__(c)
         self.log_noise = nn.Parameter(torch.zeros(()))       # s
-        self.critic = c.critic.build() if c.critic is not None else None
+        self.perceptual, self.critic = (p.build() if p is not None else None for p in (c.perceptual, c.critic))
+        self.perceptual_config, self.perceptual_weight, self.perceptual_files = c.perceptual, c.perceptual_weight, c.perceptual_files
+        if c.perceptual_files and c.perceptual is None:
+            raise UserError("perceptual_files without a perceptual network", "give config.perceptual as well, or train the preset `autoencoder`")
         self.critic_from, self.critic_weight, self.measured = c.critic_from, c.critic_weight, c.scale is None
         self.register_buffer("met", torch.zeros(()), persistent=c.critic is not None)
+
+    def after_start(self) -> None:
+        """Where files of the perceptual network are named, they take the place of what it was born with."""
+        if self.perceptual is not None and self.perceptual_files:
+            load_perceptual(self.perceptual, self.perceptual_config, *self.perceptual_files)
 
     def compress(self, batch: Batch) -> Losses:
         """L_1 of the auto-encoder, and where there is a critic what it minimises itself; gradients of both stay apart."""
@@ -61,7 +77,10 @@ class StableDiffusion(LatentDiffusion):
         mean, log = self.vae.moments(x)
         z = mean + (0.5 * log).exp() * torch.randn_like(mean)
         drawn = self.vae.decode(z)
-        detail = (x - drawn).abs().mean() / self.log_noise.exp() + self.log_noise
+        off = (x - drawn).abs().mean()
+        if self.perceptual is not None:
+            off = off + self.perceptual_weight * self.perceptual(x, drawn).mean()
+        detail = off / self.log_noise.exp() + self.log_noise
         losses = Losses(detail=detail, kl=kl_to_normal(mean, log).sum() / x.numel())
         if self.critic is not None:
             fooled = -self.critic.looked_at(drawn).mean()
@@ -104,9 +123,12 @@ def paper() -> Preset:
 
 
 def autoencoder() -> Preset:
-    """Its auto-encoder, f = 8 and c = 4, at 256 px with the critic from step 50,001 on."""
+    """Its auto-encoder, f = 8 and c = 4, at 256 px with LPIPS on VGG-16 and the critic from step 50,001 on.
+
+    Without published files the distance is that of this library's own VGG, every channel counting alike."""
     base = paper()
-    return base.but(data="openimages", config=base.config.but(size=256, scale=None, critic=PatchCritic.Config()), starts=(), stages=(
+    return base.but(data="openimages", config=base.config.but(size=256, scale=None, perceptual=Perceptual.Config(), critic=PatchCritic.Config()),
+                    starts=(Start(into="perceptual", from_="vgg", take="backbone", preset="paper"),), stages=(
         Stage(name="compress", objective=StableDiffusion.compress, trainable=("vae.*", "log_noise", "critic.*"), weights=(("kl", 1e-6),),
               steps=500_000, batch_size=12, optim=Optim(name="adam", lr=4.5e-6 * 12, betas=(0.5, 0.9), schedule="constant")),)).but(
         **{"feed.image.size": 256, "feed.train_image.size": 256})
