@@ -18,7 +18,8 @@ class Layout:
 
     `feed(feed) -> their config` adds how pictures are read. Files of `beside` are read into, and written from, their config under the name
     of the file without its ending. `folders`: a checkpoint of several models, each in its own folder; names of weights begin with the
-    folder's, and their config, read from `config_file` at the top, holds one object more for each of them.
+    folder's, and their config, read from `config_file` at the top, holds one object more for each of them. `also`: (file beside the weights,
+    name of a part) pairs, read where the weights lack that part, and below its name; written into the one weights file.
     """
     of: str                                                  # system
     name: str
@@ -30,6 +31,7 @@ class Layout:
     weights_file: str = "model.safetensors"
     beside: tuple[str, ...] = ()
     folders: tuple[tuple[str, str, str], ...] = ()           # (folder, its configuration file, its weights file or "")
+    also: tuple[tuple[str, str], ...] = ()
 
 
 def read_checkpoint(path: str | Path, layout: Layout) -> tuple[dict[str, Any], State]:
@@ -48,6 +50,9 @@ def read_checkpoint(path: str | Path, layout: Layout) -> tuple[dict[str, Any], S
     state = read_state(weights)
     if not bears(state, layout.of, layout.name):
         raise UserError(f"{weights.name} is not {layout.of} in the layout {layout.name!r}", hint(state))
+    for file, part in layout.also:
+        if (weights.parent / file).is_file() and not any(k.startswith(f"{part}.") for k in state):
+            state = {**state, **{f"{part}.{k}": v for k, v in read_state(weights.parent / file).items()}}
     config: dict[str, Any] = {}
     if layout.config_file and (weights.parent / layout.config_file).is_file():
         config = read_json(weights.parent / layout.config_file)

@@ -55,7 +55,7 @@ from polysense.towers.causal_lm import opt
 from polysense.towers.clip import body, image_tower
 from polysense.towers.seq2seq import flan_t5
 from polysense.towers.vit import ViT
-from polysense.weights import blip2_hf
+from polysense.weights import blip2_hf, blip2_lavis
 
 card = Card(
     name="BLIP-2",
@@ -67,7 +67,7 @@ card = Card(
 
 PARAMETERS = 1_174_000_000                   # the EVA ViT-g up to its last block but one 986M, the Q-Former 188M (section 3.1); paper_opt adds 2.7B
 
-weights = {"hf": blip2_hf.LAYOUT}
+weights = {"hf": blip2_hf.LAYOUT, "lavis": blip2_lavis.LAYOUT}
 
 
 class Alignment(nn.Module):
