@@ -1,6 +1,7 @@
 """Clicks, boxes and rough masks into tokens. Shapes: O objects, K points, C width, h w grid of the image encoding."""
 from dataclasses import dataclass
 from math import pi
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +80,7 @@ class PromptEncoder(Part):
         self.mask = MaskConv(MaskConv.Config(width=c.width, middle=c.mask_width))
         self.words = nn.Linear(c.words, c.width) if c.words else None
         self.width, self.offset = c.width, 0.5 / c.image_size
+        self._grid: tuple[Any, Tensor] | None = None         # what the last code of a grid was made of, and the code
 
     def fourier(self, place: Tensor) -> Tensor:
         """place [...,2], x y in [0,1] -> [...,C]: sin, then cos, of 2 pi (2 place - 1) G."""
@@ -86,9 +88,15 @@ class PromptEncoder(Part):
         return torch.cat([angle.sin(), angle.cos()], -1)
 
     def grid(self, h: int, w: int) -> Tensor:
-        """[h*w,C]: the code of the middle of every place."""
-        y, x = ((torch.arange(n, device=self.frequencies.device) + 0.5) / n for n in (h, w))
-        return self.fourier(torch.stack([x.expand(h, w), y[:, None].expand(h, w)], -1)).flatten(0, 1)
+        """[h*w,C]: the code of the middle of every place, computed once for all prompts of pictures of one size."""
+        by = self.frequencies
+        made_of = h, w, by.data_ptr(), by.device, torch.is_autocast_enabled(by.device.type), None if by.is_inference() else by._version
+        if self._grid is None or self._grid[0] != made_of:
+            with torch.inference_mode(False), torch.no_grad():               # a later training step may read it too
+                y, x = ((torch.arange(n, device=by.device) + 0.5) / n for n in (h, w))
+                code = self.fourier(torch.stack([x.expand(h, w), y[:, None].expand(h, w)], -1)).flatten(0, 1)
+            self._grid = made_of, code
+        return self._grid[1]
 
     def tokens(self, place: Tensor, kind: Tensor) -> Tensor:
         """place [O,T,2] and what each is [O,T] (see `places`) -> [O,T,C]."""

@@ -1,5 +1,5 @@
 """SAM's mask decoder. Shapes: O objects, T tokens, P places of the grid, C width, M masks."""
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,50 @@ from polysense.base.system import Part
 from polysense.nn.attention import Attention
 from polysense.nn.mlp import MLP
 from polysense.nn.norm import LayerNorm
+
+
+class Across(Attention):
+    """Attention between a few tokens and many places, at half the width (T tokens, P places, N heads of width H, NH = C/2).
+
+    A product with a place may be taken in either order: q . (W p) = (W^T q) . p, and sum_i a_i (W p_i) = W (sum_i a_i p_i). Projecting the
+    places costs P*C*NH, bringing the tokens' side to the width of the places P*C*NT: with few tokens the second is taken, so that no key,
+    value or query of a place is ever computed.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Attention.Config):
+        pass
+
+    def __init__(self, c: Config):
+        super().__init__(replace(c, head_width=c.width // 2 // c.heads))
+
+    def gather(self, x: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Tokens look at the picture: x [O,T,C], key and value [O,P,C] -> [O,T,C]."""
+        if not self._few(x):
+            return self(x, key, value=value)
+        seen = self._scores(self.q(x), self.k, key).softmax(-1) @ value                                          # [O,NT,C]
+        v = seen.unflatten(1, (self.heads, -1)) @ self.v.weight.unflatten(0, (self.heads, -1)).mT
+        return self.out(v.transpose(1, 2).flatten(2) + self.v.bias)                                              # weights sum to 1
+
+    def spread(self, image: Tensor, key: Tensor, x: Tensor, value: Tensor) -> Tensor:
+        """The picture looks at the tokens: image and key [O,P,C], x and value [O,T,C] -> image + what it saw [O,P,C]."""
+        if not self._few(x):
+            return image + self(key, x, value=value)
+        weight = self._scores(self.k(x), self.q, key).unflatten(1, (self.heads, -1)).softmax(2).flatten(1, 2)     # [O,NT,P]
+        say = self._split(self.v(value)) @ self.out.weight.T.unflatten(0, (self.heads, -1)) + self.out.bias / self.heads
+        return image + weight.mT @ say.flatten(1, 2)
+
+    def _scores(self, token: Tensor, project: nn.Linear, place: Tensor) -> Tensor:
+        """Projected tokens [O,T,NH] against places [O,P,C] that `project` would bring to [O,P,NH] -> [O,NT,P]."""
+        token = self._split(token) * self.head_width ** -0.5
+        ask, bias = token @ project.weight.unflatten(0, (self.heads, -1)), token @ project.bias.view(self.heads, -1, 1)
+        return torch.baddbmm(bias.flatten(1, 2), ask.flatten(1, 2), place.mT)
+
+    def _few(self, x: Tensor) -> bool:
+        return x.shape[1] < self.head_width and "mix" not in self.__dict__                   # see `maps.mixing`
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class TwoWayBlock(Part):
@@ -27,7 +71,7 @@ class TwoWayBlock(Part):
     def __init__(self, c: Config):
         super().__init__()
         self.own = Attention(Attention.Config(width=c.width, heads=c.heads))
-        self.to_image, self.to_tokens = across(c.width, c.heads), across(c.width, c.heads)
+        self.to_image, self.to_tokens = (Across(Across.Config(width=c.width, heads=c.heads)) for _ in range(2))
         self.mlp = MLP(MLP.Config(width=c.width, hidden=c.hidden, act="relu"))
         self.norm1, self.norm2, self.norm3, self.norm4 = (LayerNorm(LayerNorm.Config(width=c.width, eps=c.eps)) for _ in range(4))
 
@@ -36,14 +80,9 @@ class TwoWayBlock(Part):
         self-attention has neither positions nor a residual (as released)."""
         x = self.norm1(self.own(x) if first is None else x + self.own(x + first, x + first, value=x))
         key = image + place
-        x = self.norm2(x + self.to_image(x + token, key, value=image))
+        x = self.norm2(x + self.to_image.gather(x + token, key, image))
         x = self.norm3(x + self.mlp(x))
-        return x, self.norm4(image + self.to_tokens(key, x + token, value=x))
-
-
-def across(width: int, heads: int) -> Attention:
-    """Attention between tokens and picture: half the width."""
-    return Attention(Attention.Config(width=width, heads=heads, head_width=width // 2 // heads))
+        return x, self.norm4(self.to_tokens.spread(image, key, x + token, x))
 
 
 class Layered(Part):
@@ -126,7 +165,7 @@ class MaskDecoder(Part):
         self.mask_tokens = nn.Parameter(torch.randn(1 + c.candidates, c.width) * 0.02)
         block = TwoWayBlock.Config(width=c.width, heads=c.heads, hidden=c.hidden, eps=c.eps)
         self.blocks: Any = nn.ModuleList(block.build() for _ in range(c.depth))
-        self.last, self.norm = across(c.width, c.heads), LayerNorm(LayerNorm.Config(width=c.width))
+        self.last, self.norm = Across(Across.Config(width=c.width, heads=c.heads)), LayerNorm(LayerNorm.Config(width=c.width))
         self.upscale = Upscale(Upscale.Config(width=c.width))
         self.kernels = Layered(Layered.Config(widths=(c.width, c.width, c.width, c.width // 8), copies=1 + c.candidates))
         self.judge = Layered(Layered.Config(widths=(c.width, *(c.judge,) * (c.judge_depth - 1), 1 + c.candidates), copies=1))
@@ -139,7 +178,7 @@ class MaskDecoder(Part):
         x, seen = token, image.flatten(2).transpose(1, 2)
         for i, block in enumerate(self.blocks):
             x, seen = block(x, seen, token if i else None, token, place)
-        x = self.norm(x + self.last(x + token, seen + place, value=seen))
+        x = self.norm(x + self.last.gather(x + token, seen + place, seen))
         start, stop = (0, 1) if single else (1, len(self.mask_tokens))
         kernel = self.kernels(x[:, 1 + start:1 + stop], start, stop)
         mask = kernel @ self.upscale(seen).flatten(1, 3).mT
