@@ -29,6 +29,7 @@ class PromptableSegmenter(System):
     def look(self, image: Tensor) -> Tensor:
         """image [B,3,H,W] -> its encoding [B,C,h,w]; without a graph, the same pictures are encoded once."""
         if torch.is_grad_enabled() or self.training:
+            self._seen = None                # the weights may change next, and fused optimisers do not count that as a new version
             return self.vision.map(image)
         state = tuple(0 if p.is_inference() else p._version for p in self.vision.parameters())
         if self._seen is None or self._seen[0] != state or self._seen[1].device != image.device or not torch.equal(self._seen[1], image):

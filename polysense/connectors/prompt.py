@@ -75,8 +75,8 @@ class PromptEncoder(Part):
         if c.width % 2 or c.mask_width % 4:
             raise UserError(f"width={c.width} is no multiple of 2 or mask_width={c.mask_width} none of 4", "choose multiples")
         self.register_buffer("frequencies", torch.randn(2, c.width // 2))
-        self.kinds = nn.Parameter(torch.randn(5, c.width) * 0.02)        # not a point, outside, inside, first corner, second corner
-        self.no_mask = nn.Parameter(torch.randn(c.width) * 0.02)
+        self.kinds = nn.Parameter(torch.randn(5, c.width))               # not a point, outside, inside, first corner, second corner
+        self.no_mask = nn.Parameter(torch.randn(c.width))
         self.mask = MaskConv(MaskConv.Config(width=c.width, middle=c.mask_width))
         self.words = nn.Linear(c.words, c.width) if c.words else None
         self.width, self.offset = c.width, 0.5 / c.image_size

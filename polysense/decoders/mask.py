@@ -161,8 +161,8 @@ class MaskDecoder(Part):
 
     def __init__(self, c: Config):
         super().__init__()
-        self.iou_token = nn.Parameter(torch.randn(1, c.width) * 0.02)
-        self.mask_tokens = nn.Parameter(torch.randn(1 + c.candidates, c.width) * 0.02)
+        self.iou_token = nn.Parameter(torch.randn(1, c.width))
+        self.mask_tokens = nn.Parameter(torch.randn(1 + c.candidates, c.width))
         block = TwoWayBlock.Config(width=c.width, heads=c.heads, hidden=c.hidden, eps=c.eps)
         self.blocks: Any = nn.ModuleList(block.build() for _ in range(c.depth))
         self.last, self.norm = Across(Across.Config(width=c.width, heads=c.heads)), LayerNorm(LayerNorm.Config(width=c.width))

@@ -9,7 +9,7 @@ from fake import fake_batch
 import polysense
 from polysense.base.catalogue import preset_of
 from polysense.base.errors import UserError
-from polysense.connectors.prompt import FIRST, INSIDE, PADDING, SECOND, PromptEncoder, places
+from polysense.connectors.prompt import FIRST, INSIDE, OUTSIDE, PADDING, SECOND, PromptEncoder, places
 from polysense.objectives.segment import boxes_of
 from polysense.towers.sam_vit import GridAttention, SamViT, joined, windows
 from polysense.train.fit import fit
@@ -124,7 +124,7 @@ def test_iou_head_learns_the_iou_of_every_candidate(sam, batch):
 
 
 def test_no_mask_is_the_learned_vector_and_a_zero_mask_encoder_reproduces_it(sam):
-    seen = torch.randn(2, 64, 8, 8)
+    seen = torch.randn(2, 128, 8, 8)
     want = sam.prompt.dense(seen)
     torch.testing.assert_close(want, seen + sam.prompt.no_mask[None, :, None, None])
     with torch.no_grad():
@@ -139,6 +139,17 @@ def test_fourier_frequencies_are_not_trained(sam, batch):
     stage = preset_of("sam").stages[0].but(steps=2, batch_size=2)
     steps = list(fit(sam, stage, iter([batch] * 2)))
     assert len(steps) == 2 and torch.equal(before, sam.prompt.frequencies)
+
+
+def test_what_a_place_is_weighs_as_much_as_where_it_is(sam):
+    """A click inside and one outside, at one place, must differ as much as two places do: else the first lesson is to overlook the side."""
+    place = torch.rand(200, 1, 2)
+    inside, outside = (sam.prompt.tokens(place, torch.full((200, 1), k)) for k in (INSIDE, OUTSIDE))
+    elsewhere = sam.prompt.tokens(torch.rand(200, 1, 2), torch.full((200, 1), INSIDE))
+    side, move = (inside - outside).square().mean().sqrt(), (inside - elsewhere).square().mean().sqrt()
+    assert side > 0.5 * move
+    tokens = sam.decoder.mask_tokens
+    assert torch.cdist(tokens, tokens).fill_diagonal_(9e9).min() > 0.5 * tokens.shape[1] ** 0.5, "and answers begin as different questions"
 
 
 def test_position_code_is_that_of_the_paper():
@@ -215,6 +226,7 @@ def test_pictures_are_encoded_once_and_again_when_they_or_the_weights_change(sam
         sam.vision.neck.conv1.weight.mul_(2.0)
         assert not torch.allclose(sam.segment(image, boxes=boxes)[0], first) and len(looks) == 3
     sam.segment(image, boxes=boxes)[0].sum().backward()
+    assert sam._seen is None, "weights may change after that, unseen: fused optimisers do not count versions"
     assert sam.vision.neck.conv1.weight.grad is not None, "with gradient nothing is remembered"
 
 

@@ -181,8 +181,8 @@ def crops(image: Tensor, boxes: Tensor, size: int) -> Tensor:
 def small(clip: Aligned.Config | None = None) -> SAM.Config:
     said = clip.text_head.out if clip else 0  # type: ignore[attr-defined]
     return SAM.Config(
-        vision=SamViT.Config(image_size=64, patch=8, body=96, depth=4, heads=4, window=4, whole=(1, 3), width=64),
-        prompt=PromptEncoder.Config(width=64, image_size=64, words=said), decoder=MaskDecoder.Config(width=64, heads=4, hidden=256, judge=64),
+        vision=SamViT.Config(image_size=64, patch=8, body=96, depth=4, heads=4, window=4, whole=(1, 3), width=128),
+        prompt=PromptEncoder.Config(width=128, image_size=64, words=said), decoder=MaskDecoder.Config(width=128, heads=4, hidden=256, judge=64),
         jitter=0.03, clip=clip)
 
 
