@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from polysense.base.errors import UserError
 from polysense.base.spec import Spec
 from polysense.base.system import Part
 from polysense.nn.norm import BatchNorm1d, LayerNorm
@@ -51,6 +52,21 @@ class Nothing(Part):
 
     def forward(self, x: Tensor) -> Tensor:
         return x
+
+
+class Absent(Part):
+    """A head that a published file does not have: whoever asks it gets an error that says so."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Spec):
+        says: str                            # what the model is instead, such as "answers questions"
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.says = c.says
+
+    def forward(self, *given: Tensor) -> Tensor:
+        raise UserError(f"this model only {self.says}: the file it came from has no head for that", "take weights of the pre-trained model")
 
 
 class TanhHead(Part):

@@ -58,31 +58,39 @@ def keymap(config: Any) -> KeyMap:
         rule("queue_ptr", ("image_queue.pointer", "text_queue.pointer", "ramp"), pointers)), drop=("idx_queue",))
 
 
-def read(config: Dict, state: State) -> tuple[str, Dict]:
-    """(preset, overrides): sizes from the shapes, heads from config_bert.json or the head width that all released models share."""
-    at = "text_encoder.bert.encoder"
-    width, wide = size(state, "text_encoder.bert.embeddings.word_embeddings.weight", 1), size(state, "visual_encoder.patch_embed.proj.weight")
-    depth = count(state, f"{at}.layer")
-    first = next((i for i in range(depth) if f"{at}.layer.{i}.crossattention.self.query.weight" in state), depth)
+def towers(config: Dict, state: State, at: str) -> Dict:
+    """Overrides for the ViT and the two halves of the BERT whose names begin with `at`: sizes from the shapes, heads from config_bert.json or
+    the head width that all released models share."""
+    body_at = f"{at}.encoder"
+    width, wide = size(state, f"{at}.embeddings.word_embeddings.weight", 1), size(state, "visual_encoder.patch_embed.proj.weight")
+    depth = count(state, f"{body_at}.layer")
+    first = next((i for i in range(depth) if f"{body_at}.layer.{i}.crossattention.self.query.weight" in state), depth)
     heads, eps, act = config.get("num_attention_heads", width // HEAD_WIDTH), config.get("layer_norm_eps", 1e-12), config.get("hidden_act", "gelu")
     if not 0 < first < depth:
         raise UserError("this BERT has not first layers without, then layers with cross-attention", "give ALBEF's pre-trained or retrieval model")
-    patch, hidden = size(state, "visual_encoder.patch_embed.proj.weight", 3), size(state, f"{at}.layer.0.intermediate.dense.weight")
-    image, dim = patch * side(size(state, "visual_encoder.pos_embed", 1)), size(state, "image_queue")
+    patch, hidden = size(state, "visual_encoder.patch_embed.proj.weight", 3), size(state, f"{body_at}.layer.0.intermediate.dense.weight")
+    image = patch * side(size(state, "visual_encoder.pos_embed", 1))
     part: Dict = {"width": width, "heads": heads, "hidden": hidden, "act": act, "eps": eps, "final": False}
-    vocab, length = (size(state, f"text_encoder.bert.embeddings.{n}_embeddings.weight") for n in ("word", "position"))
-    out: Dict = {
+    vocab, length = (size(state, f"{at}.embeddings.{n}_embeddings.weight") for n in ("word", "position"))
+    return {
         **body("config.vision.body", width=wide, depth=count(state, "visual_encoder.blocks"), heads=max(1, wide // HEAD_WIDTH),
                hidden=size(state, "visual_encoder.blocks.0.mlp.fc1.weight"), act="gelu", eps=1e-6),
         "config.vision.image_size": image, "config.vision.patch": patch, **body("config.text.body", depth=first, **part),
         **body("config.fusion", depth=depth - first, **part), "config.fusion.block.cross.source": wide,
         "config.text.vocab": vocab, "config.text.length": length, "config.text.norm_pre.eps": eps, "config.text.pad": config.get("pad_token_id", 0),
-        "config.text.kinds": size(state, "text_encoder.bert.embeddings.token_type_embeddings.weight"),
-        "config.words.act": act, "config.words.norm.eps": eps,
-        "config.hide.vocab": vocab, "config.words.vocab": vocab, "config.queue.size": size(state, "image_queue", 1), "config.queue.width": dim,
-        "config.image_head.into": wide, "config.image_head.out": dim, "config.text_head.into": width, "config.text_head.out": dim,
-        "config.match_head.into": width, "feed.text.vocab": vocab, "feed.text.length": min(30, length), **image_feed(image)}
-    return "paper", out
+        "config.text.kinds": size(state, f"{at}.embeddings.token_type_embeddings.weight"),
+        "config.hide.vocab": vocab, "feed.text.vocab": vocab, "feed.text.length": min(30, length), **image_feed(image)}
+
+
+def read(config: Dict, state: State) -> tuple[str, Dict]:
+    """(preset, overrides) of the pre-trained or a retrieval model."""
+    out = towers(config, state, "text_encoder.bert")
+    wide, width, vocab = out["config.vision.body.width"], out["config.text.body.width"], out["config.text.vocab"]
+    dim, act, eps = size(state, "image_queue"), config.get("hidden_act", "gelu"), config.get("layer_norm_eps", 1e-12)
+    return "paper", out | {
+        "config.words.act": act, "config.words.norm.eps": eps, "config.words.vocab": vocab, "config.queue.size": size(state, "image_queue", 1),
+        "config.queue.width": dim, "config.image_head.into": wide, "config.image_head.out": dim, "config.text_head.into": width,
+        "config.text_head.out": dim, "config.match_head.into": width}
 
 
 def write(config: Any) -> Dict:

@@ -25,6 +25,7 @@ SIGNS: dict[tuple[str, str], str] = {
     ("mae", "facebook"): r"decoder_pos_embed",
     ("ddpm", "diffusers"): r"time_embedding\.linear_1\.weight",
     ("albef", "albef"): r"text_encoder\.bert\.encoder\.layer\.\d+\.crossattention\.self\.query\.weight",
+    ("albef", "vqa"): r"text_decoder\.bert\.encoder\.layer\.\d+\.crossattention\.self\.query\.weight",
     ("dalle_dvae", "openai"): r"encoder\.blocks\.group_1\.block_1\.res_path\.conv_1\.w",
     ("dalle_dvae", "flava"): r"(image_codebook\.)?blocks\.group_1\.group\.block_1\.res_path\.path\.conv_1\.weight",
     ("sam", "hf"): r"mask_decoder\.upscale_conv1\.weight",

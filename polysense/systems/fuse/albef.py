@@ -33,7 +33,7 @@ from polysense.mechanisms.word_mask import WordMask
 from polysense.nn.attention import Attention
 from polysense.nn.block import PostNorm, PreNorm
 from polysense.nn.build import build
-from polysense.nn.head import LinearBias
+from polysense.nn.head import Absent, LinearBias
 from polysense.nn.norm import LayerNorm
 from polysense.nn.residual import Basic, Stem
 from polysense.nn.transformer import Transformer
@@ -45,6 +45,7 @@ from polysense.towers.bert import Bert
 from polysense.towers.resnet import ResNet
 from polysense.towers.vit import ViT
 from polysense.weights import albef as albef_weights
+from polysense.weights import albef_vqa
 
 card = Card(
     name="ALBEF", paper="Li et al., Align before Fuse: Vision and Language Representation Learning with Momentum Distillation, NeurIPS 2021",
@@ -56,7 +57,7 @@ card = Card(
 
 PARAMETERS = 209_500_000                     # section 3.1: BERT 123.7M with its cross-attention, ViT-B/16 85.8M
 
-weights = {"albef": albef_weights.LAYOUT}
+weights = {"albef": albef_weights.LAYOUT, "vqa": albef_vqa.LAYOUT}
 
 
 @final
@@ -168,7 +169,7 @@ class ALBEF(FusionEncoder):
     @torch.no_grad()
     def follow(self) -> None:
         """While the fusion encoder trains, the answer decoder is a copy of it: that is where its own training begins."""
-        if self.answer is not None:
+        if self.answer is not None and not isinstance(self.words, Absent):
             self.answer.text.body.load_state_dict(self.fusion.state_dict())
             self.answer.words.load_state_dict(self.words.state_dict())
             for name in ("embed", "kind", "norm_pre"):
