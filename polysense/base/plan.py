@@ -41,6 +41,15 @@ class SidesPlan(ViewPlan):
 
 
 @dataclass(frozen=True, kw_only=True)
+class AugmentPlan(ViewPlan):
+    """A view, then RandAugment (Cubuk et al. 2020) and random erasing (Zhong et al. 2020)."""
+    operations: int = 2                                 # of fifteen, each applied with a chance of a half
+    magnitude: float = 9.0                              # on a scale to 10
+    vary: float = 0.5                                   # its deviation
+    erase: float = 0.25                                 # chance that a rectangle becomes noise
+
+
+@dataclass(frozen=True, kw_only=True)
 class TextPlan(Spec):
     """Which tokeniser, and how long a text may be (start and end tokens included)."""
     kind: str = "bpe"                                   # "bpe": CLIP's lower-cased byte-level BPE; "wordpiece": BERT's; "llama": LLaMA's, read only
@@ -139,7 +148,7 @@ class CropFeed(Feed):
 @dataclass(frozen=True, kw_only=True)
 class Optim(Spec):
     """The optimiser and its schedule. `lr` is for the stage's own batch size."""
-    name: str = "adamw"                                 # adamw, adam, sgd, lars, lamb
+    name: str = "adamw"                                 # adamw, adam, sgd, nesterov, lars, lamb
     lr: float
     weight_decay: float = 0.0                           # never on biases, norms, and parameters of fewer than two dimensions
     betas: tuple[float, float] = (0.9, 0.999)
@@ -158,6 +167,15 @@ class Optim(Spec):
 class RisingDecay(Optim):
     """Weight decay that goes from `weight_decay` to `final_decay` on a cosine over the stage (Caron et al. 2021, DINO)."""
     final_decay: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveClip(Optim):
+    """Adaptive gradient clipping (Brock et al. 2021, equation 3): the gradient of a unit, a row of a weight or a whole vector, is at most
+    `unit_clip` times as long as the unit itself. In place of the bound of `clip` on the whole gradient, which may be set besides."""
+    unit_clip: float = 0.01
+    unit_floor: float = 1e-3                            # units shorter than this count as this long, or zeros would stay zeros
+    unclipped: tuple[str, ...] = ("head.*",)            # parameter patterns; the last dense layer goes free
 
 
 @dataclass(frozen=True, kw_only=True)

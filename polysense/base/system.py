@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from polysense.base.batch import Batch, Losses
 from polysense.base.errors import UserError
 from polysense.base.plan import (
+    AdaptiveClip,
     AudioPlan,
+    AugmentPlan,
     ChatPlan,
     EpisodePlan,
     Feed,
@@ -28,7 +30,7 @@ from polysense.base.plan import (
 )
 from polysense.base.spec import Configured, Spec
 
-__all__ = ["After", "AudioPlan", "Batch", "ChatPlan", "EpisodePlan", "Feed", "ImagePlan", "Losses", "Optim", "Part", "Preset", "PromptPlan",
+__all__ = ["AdaptiveClip", "After", "AudioPlan", "AugmentPlan", "Batch", "ChatPlan", "EpisodePlan", "Feed", "ImagePlan", "Losses", "Optim", "Part", "Preset", "PromptPlan",
            "SidesPlan", "Spec", "Stage", "Start", "System", "TextPlan", "VideoPlan", "ViewPlan", "final"]
 
 T = TypeVar("T", bound=type)

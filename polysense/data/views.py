@@ -21,7 +21,8 @@ from kornia.color import rgb_to_grayscale
 from kornia.enhance import adjust_brightness_accumulative, adjust_hue, adjust_saturation_with_gray_subtraction, solarize
 from torch import Tensor
 
-from polysense.base.plan import SidesPlan, ViewPlan
+from polysense.base.plan import AugmentPlan, SidesPlan, ViewPlan
+from polysense.data.augment import augmented
 
 TRIES = 10                                              # attempts at a crop that fits into the picture
 COLUMNS = 2 * TRIES + 2 + 12                            # random numbers a view takes, whatever the plan switches on
@@ -153,6 +154,8 @@ def colours(plan: ViewPlan, drawn: Draw, image: Tensor) -> Tensor:
         image = _some(u[:, 6] < plan.blur, image, lambda x, v: blur(x, low + (high - low) * v[:, 0]), u[:, 7:8])
     if plan.solarize > 0:
         image = _some(u[:, 8] < plan.solarize, image, lambda x, v: solarize(x, 0.5))
+    if isinstance(plan, AugmentPlan):
+        image = augmented(plan, u[:, 9:11], image)
     if isinstance(plan, SidesPlan) and plan.lighting > 0:
         image = image + _lighting(plan.lighting, u[:, 9:11])[:, :, None, None]
     return image

@@ -13,6 +13,24 @@ def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     return -(target * F.log_softmax(logits.float(), -1)).sum(-1)
 
 
+def hard_distillation(logits: Tensor, teacher: Tensor) -> Tensor:
+    """Cross-entropy against what the teacher decides, argmax over classes (Touvron et al. 2021, equation 3). logits, teacher [B,C]. Scalar."""
+    return F.cross_entropy(logits.float(), teacher.argmax(-1))
+
+
+def soft_distillation(logits: Tensor, teacher: Tensor, temperature: float = 3.0, per: str = "number") -> Tensor:
+    """t^2 KL(softmax(teacher / t) || softmax(logits / t)) (Hinton et al. 2015; Touvron et al. 2021, equation 2). logits, teacher [B,C]. Scalar.
+
+    The sum over samples and classes is divided by their `number`, batch times classes, as in the code of DeiT, or by the "batch" alone. Raises
+    ValueError for another divisor.
+    """
+    if per not in ("number", "batch"):
+        raise ValueError(f"per={per!r} is neither 'number' nor 'batch'")
+    one, two = ((x.float() / temperature).log_softmax(-1) for x in (logits, teacher.detach()))
+    total = F.kl_div(one, two, reduction="sum", log_target=True) * temperature ** 2
+    return total / (logits.numel() if per == "number" else len(logits))
+
+
 def distilled_contrast(feature: Tensor, keys: Tensor, teacher: Tensor, scale: Tensor | float, alpha: Tensor | float) -> Tensor:
     """InfoNCE against a long list of keys whose targets are softened by a momentum teacher (Li et al. 2021, ALBEF, equations 1 and 6). Scalar.
 

@@ -1,5 +1,6 @@
 """ViT. Shapes: B batch, N patches, T tokens (prefix + N), D width, h w patch grid."""
 from dataclasses import dataclass
+from math import isqrt
 
 import torch
 from torch import Tensor, nn
@@ -71,8 +72,15 @@ class ViT(Tower):
         self.prefix, self.pool, self.dense_from, self.width = c.prefix, c.pool, c.dense, width
 
     def adapt(self, name: str, value: Tensor) -> Tensor:
-        """Positions trained for another (square) grid, interpolated to this one."""
-        return fit_positions(value, self.prefix, self.grid) if name == "position" and value.ndim == 3 else value
+        """Positions trained for another (square) grid, interpolated to this one; those of fewer prefix tokens, and the tokens themselves, with
+        what is new here between them and the patches (DeiT's distillation token)."""
+        if value.ndim != 3 or name not in ("cls", "position"):
+            return value
+        had = value.shape[1] - (isqrt(value.shape[1]) ** 2 if name == "position" else 0)
+        own = getattr(self, name)
+        if 0 < had < self.prefix and own is not None:
+            value = torch.cat([value[:, :had], own[:, had:self.prefix].detach(), value[:, had:]], 1)
+        return fit_positions(value, self.prefix, self.grid) if name == "position" else value
 
     def grid_of(self, image: Tensor) -> tuple[int, int]:
         """image [B,C,H,W] -> the patch grid (h, w)."""

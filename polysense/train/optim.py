@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from polysense.base.errors import UserError
-from polysense.base.plan import Optim
+from polysense.base.plan import AdaptiveClip, Optim
 
-NAMES = ("adamw", "adam", "sgd", "lars", "lamb")
+NAMES = ("adamw", "adam", "sgd", "nesterov", "lars", "lamb")
 LAYER = re.compile(r"^(?P<tower>(?:.*?\.)??)(?P<within>body\.)?(?:blocks|stages)\.(?P<at>\d+)\.")
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
 AFTER_THE_LAYERS = ("norm.", "pool.", "head.")
@@ -87,13 +87,26 @@ def make_optimizer(system: nn.Module, optim: Optim, chosen: Callable[[str], bool
             return AdamW(parts, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=fused)
         case "adam":
             return Adam(parts, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=fused)
-        case "sgd":
-            return SGD(parts, lr=optim.lr, momentum=optim.momentum, fused=fused)
+        case "sgd" | "nesterov":
+            return SGD(parts, lr=optim.lr, momentum=optim.momentum, nesterov=optim.name == "nesterov", fused=fused)
         case "lars":
             return LARS(parts, lr=optim.lr, momentum=optim.momentum)
         case "lamb":
             return LAMB(parts, lr=optim.lr, betas=optim.betas, eps=optim.eps)
     raise UserError(f"no optimiser {optim.name!r}", f"the optimisers are {', '.join(NAMES)}")
+
+
+@torch.no_grad()
+def clip_units(optim: AdaptiveClip, optimizer: Optimizer, local: Callable[[Tensor], Tensor]) -> None:
+    """Shortens in place the gradient of every unit that is longer than `unit_clip` times the unit (Brock et al. 2021, equation 3)."""
+    for group in optimizer.param_groups:
+        for name, p in zip(group["names"], group["params"]):
+            if p.grad is None or any(fnmatch(name, u) for u in optim.unclipped):
+                continue
+            weight, grad = local(p.detach()), local(p.grad)
+            axes = tuple(range(1, grad.ndim)) if grad.ndim > 1 else tuple(range(grad.ndim))
+            most = optim.unit_clip * torch.linalg.vector_norm(weight, dim=axes, keepdim=True).clamp_min(optim.unit_floor)
+            grad.mul_((most / torch.linalg.vector_norm(grad, dim=axes, keepdim=True).clamp_min(1e-12)).clamp_max(1.0))
 
 
 def trust(weights: Tensors, updates: Tensors, coefficient: float) -> list[Tensor]:

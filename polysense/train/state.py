@@ -13,10 +13,10 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from polysense.base.errors import UserError
-from polysense.base.plan import Stage
+from polysense.base.plan import AdaptiveClip, Stage
 from polysense.base.system import System
 from polysense.train.gradients import Call, still_statistics
-from polysense.train.optim import make_optimizer
+from polysense.train.optim import clip_units, make_optimizer
 from polysense.train.parallel import BLOCK, World, local, total_norm
 from polysense.train.precision import autocast
 from polysense.train.schedule import decayed, factor
@@ -95,6 +95,8 @@ class Training:
         if clip is not None and norm > clip:
             grads = [local(p.grad) for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
             torch._foreach_mul_(grads, clip / (norm + 1e-6))
+        if isinstance(self.stage.optim, AdaptiveClip):
+            clip_units(self.stage.optim, optimizer, local)
         optimizer.step()
 
     def lr(self) -> float:

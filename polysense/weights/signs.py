@@ -48,6 +48,9 @@ SIGNS: dict[tuple[str, str], str] = {
     ("vgg", "torchvision"): r"classifier\.0\.weight",
     ("vgg", "timm"): r"pre_logits\.fc1\.weight",
     ("alexnet", "torchvision"): r"classifier\.1\.weight",
+    ("deit", "timm"): r"dist_token",
+    ("deit", "hf"): r"deit\.embeddings\.distillation_token",
+    ("nfnet", "timm"): r"stages\.0\.0\.skipinit_gain",
     ("bert", "hf"): r"(bert\.)?embeddings\.word_embeddings\.weight",
 }
 
