@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-INK, LINES = "#010203", ("#010301", "#010302", "#010303", "#010304")       # placeholders that CSS variables replace
+INK, LINES = "#010203", tuple(f"#0103{i:02x}" for i in range(1, 9))       # placeholders that CSS variables --line1 ... --line8 replace
 SMOOTH = 0.06                                        # width of the moving average, as a share of the curve
 
 

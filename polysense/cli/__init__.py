@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from polysense.base.errors import UserError
-from polysense.cli import agents, attend, clips, codes, data, draw, learn, mask, match, scene, systems, talk, use
+from polysense.cli import agents, attend, clips, codes, compare, data, draw, learn, mask, match, scene, systems, talk, use
 from polysense.cli.out import Stopped
 
 __all__ = ["app", "main"]
@@ -49,6 +49,7 @@ def _top(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback
 for name, command, panel in (
         ("list", systems.list_, LOOK), ("show", systems.show, LOOK),
         ("train", learn.train, LEARN), ("exam", learn.exam, LEARN), ("prove", learn.prove, LEARN),
+        ("compare", compare.compare, LEARN),
         ("report", learn.report, LEARN),
         ("index", use.index, USE), ("search", use.search, USE), ("label", use.label, USE), ("encode", use.encode, USE),
         ("caption", talk.caption, USE), ("ask", talk.ask, USE), ("chat", talk.chat, USE),

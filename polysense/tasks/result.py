@@ -2,8 +2,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -23,6 +23,17 @@ class Metric(NamedTuple):
     chance: float | None = None
 
 
+class Units(NamedTuple):
+    """The chief metric taken apart by independent unit (a picture with all its captions): the mean over P parts of sum(total) / sum(size).
+    What paired comparisons draw from. Both [P,n]."""
+    total: np.ndarray
+    size: np.ndarray
+
+    def value(self, weights: np.ndarray) -> np.ndarray:
+        """weights [draws,n] of the units -> the metric of each draw [draws]."""
+        return np.mean([(weights @ t) / (weights @ s).clip(1e-12) for t, s in zip(self.total, self.size, strict=True)], 0)
+
+
 @dataclass(frozen=True)
 class Result:
     """`metrics` by name, the chief one first; `n` samples were examined; `classes` maps a class to (its accuracy, its samples)."""
@@ -33,6 +44,7 @@ class Result:
     metrics: dict[str, Metric]
     classes: dict[str, tuple[float, int]] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)  # choices made on the way and samples left out
+    units: Units | None = field(default=None, repr=False, compare=False)     # of the chief metric; not part of `to_dict`
 
     @property
     def value(self) -> float:
@@ -61,7 +73,8 @@ class Result:
         return out
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "metrics": {k: m._asdict() for k, m in self.metrics.items()}, "chance": self.chance}
+        said = {k: v for k, v in asdict(replace(self, units=None)).items() if k != "units"}
+        return {**said, "metrics": {k: m._asdict() for k, m in self.metrics.items()}, "chance": self.chance}
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=1)
@@ -77,6 +90,45 @@ def bootstrap(statistic: Statistic, n: int, *, seed: int = 0, draws: int = DRAWS
         out.append(statistic(np.bincount(drawn.ravel(), minlength=k * n).reshape(k, n).astype(np.float64)))
     low, high = np.nanpercentile(np.concatenate(out), [2.5, 97.5])
     return float(low), float(high)
+
+
+class Gap(NamedTuple):
+    """A difference with its 95 % interval and the two-sided bootstrap probability of one at least as far from none."""
+    value: float
+    low: float
+    high: float
+    p: float
+
+
+def paired(one: Sequence[Units], two: Sequence[Units] | None = None, *, seed: int = 0, draws: int = DRAWS) -> Gap:
+    """Mean over training seeds of a metric, or of its difference between two systems examined on the same units (Efron & Tibshirani 1993,
+    chapter 8). one, two: the units of each seed.
+
+    Every draw takes units, the same ones for both systems, and then training seeds, in pairs: the interval holds both kinds of chance. p is
+    meaningful for differences only.
+    """
+    n, seeds, rng = one[0].total.shape[1], len(one), np.random.default_rng(seed)
+    if any(u.total.shape[1] != n for u in (*one, *(two or ()))) or (two is not None and len(two) != seeds):
+        raise ValueError("only systems examined on the same units, with as many seeds, can be compared in pairs")
+
+    def values(weights: np.ndarray) -> np.ndarray:
+        mine = np.stack([u.value(weights) for u in one])
+        return mine if two is None else mine - np.stack([u.value(weights) for u in two])
+
+    weights = rng.multinomial(n, np.full(n, 1 / n), size=draws).astype(np.float64)
+    drawn = np.take_along_axis(values(weights).T, rng.integers(seeds, size=(draws, seeds)), 1).mean(1)
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    p = min(1.0, 2 * (1 + min((drawn <= 0).sum(), (drawn >= 0).sum())) / (1 + draws))
+    return Gap(float(values(np.ones((1, n))).mean()), float(low), float(high), float(p))
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """p values corrected for how many there are (Holm 1979)."""
+    out, worst = [0.0] * len(p), 0.0
+    for k, i in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
+        worst = max(worst, min(1.0, (len(p) - k) * p[i]))
+        out[i] = worst
+    return out
 
 
 def metric(statistic: Statistic, n: int, *, chance: float | None = None, seed: int = 0) -> Metric:
@@ -128,7 +180,7 @@ def classification(exam: str, subject: str, data: str, scores: np.ndarray, label
         metrics["top5_accuracy"] = metric(mean_of((rank <= 5).astype(float)), n, chance=5 / classes, seed=seed)
     metrics["class_mean_accuracy"] = metric(class_mean_of(correct, label, classes), n, chance=1 / classes, seed=seed)
     each = {names[c]: (float(correct[label == c].mean()), int((label == c).sum())) for c in np.unique(label)}
-    return Result(exam, subject, data, n, metrics, each, dict(notes or {}))
+    return Result(exam, subject, data, n, metrics, each, dict(notes or {}), Units(correct[None], np.ones((1, n))))
 
 
 def mid_rank(scores: np.ndarray, own: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from torch import Tensor
 from polysense.base.errors import UserError
 from polysense.tasks.encode import Features, Progress, encode_all_images, encode_all_texts, name_of
 from polysense.tasks.rerank import Again, check_rerank, second_looks
-from polysense.tasks.result import Metric, Result, grouped_mean_of, grouped_median_of, metric
+from polysense.tasks.result import Metric, Result, Units, grouped_mean_of, grouped_median_of, metric
 
 AT = (1, 5, 10)
 
@@ -55,7 +55,9 @@ def examined(exam: str, subject: Any, seen: Features, seed: int, thing: str = "i
     guess = float(np.mean([chance[k] for _, _, chance in ways.values() for k in AT]))
     mean = metric(lambda w: np.mean([p(w) for p in parts], 0), n, chance=guess, seed=seed)
     notes = {**seen.notes(), "captions": len(owner), f"{'picture' if thing == 'image' else thing}s_without_caption": len(seen) - n}
-    return Result(exam, name_of(subject), seen.name, n, {"mean_recall": mean, **metrics}, notes=notes)
+    units = Units(np.stack([np.bincount(g, h, n) for h, g in zip(hits, groups, strict=True)]),
+                  np.stack([np.bincount(g, minlength=n) for g in groups]))
+    return Result(exam, name_of(subject), seen.name, n, {"mean_recall": mean, **metrics}, notes=notes, units=units)
 
 
 def ranks(images: Tensor, texts: Tensor, owner: np.ndarray, block: int = 512,

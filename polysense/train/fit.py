@@ -88,7 +88,7 @@ def advance(training: Training, batches: "Watched", own: Iterator[Losses] | None
         training.step(optimizer, grad_norm)
     training.index += 1
     with torch.no_grad():
-        system.after_step(After(training.index, training.index / stage.steps, optimizer, keep))
+        system.after_step(After(training.index, max(training.index / stage.steps, training.progress), optimizer, keep))
     if training.average:
         training.average.move()
     return named, grad_norm
