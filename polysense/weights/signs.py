@@ -8,6 +8,8 @@ SIGNS: dict[tuple[str, str], str] = {
     ("clip", "open_clip"): r"visual\.(conv1\.weight|trunk\..*)",
     ("flip", "open_clip"): r"visual\.conv1\.weight",
     ("unicl", "official"): r"image_encoder\.layers\.0\.blocks\.0\.attn\.relative_position_bias_table",
+    ("klite", "official"): r"image_encoder\.layers\.0\.blocks\.0\.attn\.relative_position_bias_table",
+    ("dual_triplet", "official"): r"txt_enc\.rnn\.weight_ih_l0",
     ("slip", "official"): r"image_mlp\.layer1\.weight",
     ("laclip", "official"): r"visual\.patch_embed\.proj\.weight",
     ("laclip", "open_clip"): r"visual\.conv1\.weight",
@@ -47,10 +49,11 @@ SIGNS: dict[tuple[str, str], str] = {
     ("videomae", "hf"): r"videomae\.embeddings\.patch_embeddings\.projection\.weight",
     ("vgg", "torchvision"): r"classifier\.0\.weight",
     ("vgg", "timm"): r"pre_logits\.fc1\.weight",
-    ("alexnet", "torchvision"): r"classifier\.1\.weight",
     ("deit", "timm"): r"dist_token",
     ("deit", "hf"): r"deit\.embeddings\.distillation_token",
+    ("mamba", "hf"): r"backbone\.layers\.0\.mixer\.A_log",
     ("nfnet", "timm"): r"stages\.0\.0\.skipinit_gain",
+    ("alexnet", "torchvision"): r"classifier\.1\.weight",
     ("bert", "hf"): r"(bert\.)?embeddings\.word_embeddings\.weight",
 }
 
