@@ -2,6 +2,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -11,17 +12,18 @@ from polysense.tasks.result import Result, classification
 from polysense.tasks.templates import TEMPLATES
 
 
-def run(subject: Any, test: Any, *, templates: str | Sequence[str] = "default", names: Sequence[str] | None = None, seed: int = 0,
-        batch_size: int = 64, progress: Progress | None = None) -> Result:
+def run(subject: Any, test: Any, *, templates: str | Sequence[str] = "default", names: Sequence[str] | None = None,
+        prompts: Sequence[Sequence[str]] | None = None, seed: int = 0, batch_size: int = 64, progress: Progress | None = None) -> Result:
     """Accuracy of the class whose prompts are nearest to the picture.
 
     `templates`: a set of templates.TEMPLATES by name, one template, or several; `names`: what the classes are called (None: the
-    names in the data, underscores as spaces).
+    names in the data, underscores as spaces); `prompts`: all that is said of each class, in place of templates (K-LITE's glosses).
     """
-    return judged("zero_shot", subject, encode_all_images(subject, test, progress, batch_size=batch_size), templates, names, seed)
+    return judged("zero_shot", subject, encode_all_images(subject, test, progress, batch_size=batch_size), templates, names, seed, prompts)
 
 
-def judged(exam: str, subject: Any, seen: Features, templates: str | Sequence[str], names: Sequence[str] | None, seed: int) -> Result:
+def judged(exam: str, subject: Any, seen: Features, templates: str | Sequence[str], names: Sequence[str] | None, seed: int,
+           prompts: Sequence[Sequence[str]] | None = None) -> Result:
     """The exam of features [n,D] that are there."""
     chosen = templates_of(templates)
     features, label = seen.labelled()
@@ -30,16 +32,24 @@ def judged(exam: str, subject: Any, seen: Features, templates: str | Sequence[st
         raise UserError(f"{seen.name!r} has labels without names", "give their names: names=[...]")
     if label.max() >= len(said):
         raise UserError(f"{len(said)} names were given", f"{seen.name!r} has labels up to {label.max()}")
-    classifier = zero_shot_classifier(subject, [s.replace("_", " ") for s in said], chosen)
-    notes = {**seen.notes(), "templates": len(chosen), "first_template": chosen[0]}
+    if prompts is not None and len(prompts) != len(said):
+        raise UserError(f"prompts for {len(prompts)} classes", f"there are {len(said)}")
+    classifier = zero_shot_classifier(subject, [s.replace("_", " ") for s in said], chosen) if prompts is None else rows_of(subject, prompts)
+    notes = {**seen.notes(), **({"templates": len(chosen), "first_template": chosen[0]} if prompts is None else {"first_prompt": prompts[0][0]})}
     return classification(exam, name_of(subject), seen.name, (features @ classifier.T).numpy(), label, said, seed=seed, notes=notes)
 
 
 def zero_shot_classifier(subject: Any, names: Sequence[str], templates: Sequence[str]) -> Tensor:
     """One unit row [C,D] a class: each prompt normalised, their mean normalised again."""
-    prompts = [t.replace("{}", name) for name in names for t in templates]
-    rows = encode_all_texts(subject, prompts).view(len(names), len(templates), -1)
-    return F.normalize(rows.mean(1), dim=-1)
+    return rows_of(subject, [[t.replace("{}", name) for t in templates] for name in names])
+
+
+def rows_of(subject: Any, prompts: Sequence[Sequence[str]]) -> Tensor:
+    """The same of any number of prompts a class: [C,D]. Their order does not matter. UserError for a class without one."""
+    if not all(prompts):
+        raise UserError("a class has no prompt", "give at least one for each")
+    rows = encode_all_texts(subject, [p for each in prompts for p in each]).split([len(each) for each in prompts])
+    return F.normalize(torch.stack([r.mean(0) for r in rows]), dim=-1)
 
 
 def templates_of(templates: str | Sequence[str]) -> tuple[str, ...]:

@@ -1,13 +1,16 @@
-"""SLIP's released layout both ways, with timm's ViT, CLIP's text tower and the projector of the paper as reference. Random weights, toy size."""
+"""The released layouts of SLIP and LaCLIP both ways, with timm's ViT, CLIP's text tower and SLIP's projector as reference."""
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
 from reference import reference, shake
+from safetensors.torch import save_file
 from torch import nn
 
 from polysense.base.catalogue import preset_of
 from polysense.base.errors import UserError
-from polysense.systems.align import slip
+from polysense.systems.align import laclip, slip
 from polysense.weights.convert import compare, export, import_
 
 VOCAB, LENGTH = 100, 12
@@ -87,3 +90,37 @@ def test_what_the_layout_cannot_hold_is_refused():
         slip.weights["official"].write(slip.tiny().config)
     with pytest.raises(UserError, match="another image tower"):
         slip.weights["official"].write(slip.paper().config.but(**{"vision.pool": "mean"}))
+
+
+def laclip_presets(name: str):
+    return preset_of("laclip", name)
+
+
+@torch.no_grad()
+def test_laclip_in_slips_form(theirs, tmp_path):
+    vit, text, mlp = theirs
+    state, image, ids = released(vit, text), torch.randn(3, 3, 32, 32), texts()
+    want = {"image": F.normalize(vit(image) @ state["image_projection"], dim=-1), "text": text.encode_text(ids, normalize=True)}
+    for name, file in (("plain.pt", state), ("with_projector.pt", released(vit, text, mlp))):
+        torch.save({"state_dict": file}, tmp_path / name)
+        ours, preset = import_(tmp_path / name, laclip.weights["official"], laclip_presets)
+        compare({"image": ours.encode_image(image), "text": ours.encode_text(ids)}, want)
+    export(ours.state_dict(), preset.config, laclip.weights["official"], tmp_path / "back.pt")
+    back = torch.load(tmp_path / "back.pt", weights_only=True)
+    assert back.keys() == state.keys() and all(torch.equal(back[k], v) for k, v in state.items())
+
+
+@torch.no_grad()
+def test_laclip_in_open_clips_form(tmp_path):
+    cfg = {"embed_dim": 24, "quick_gelu": True, "vision_cfg": {"layers": 2, "width": 64, "image_size": 32, "patch_size": 8},
+           "text_cfg": {"context_length": 12, "vocab_size": 100, "width": 64, "heads": 1, "layers": 2}}
+    model = shake(reference("open_clip").CLIP(**cfg))
+    save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": cfg}))
+    ours, preset = import_(tmp_path, laclip.weights["open_clip"], laclip_presets)
+    image, ids = torch.randn(3, 3, 32, 32), texts()
+    compare({"image": ours.encode_image(image), "text": ours.encode_text(ids)},
+            {"image": model.encode_image(image, normalize=True), "text": model.encode_text(ids, normalize=True)})
+    export(ours.state_dict(), preset.config, laclip.weights["open_clip"], tmp_path / "back", preset.feed)
+    again = import_(tmp_path / "back", laclip.weights["open_clip"], laclip_presets)[0]
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in ours.state_dict().items())
