@@ -46,6 +46,8 @@ def fake_batch(preset: Preset, keys: tuple[str, ...], n: int = 4, seed: int = 0)
             made[key] = torch.ones(n, 8, dtype=torch.bool)
         elif key == "label":
             made[key] = torch.arange(n) % CLASSES
+        elif key == "index":
+            made[key] = torch.arange(n)
         elif key in ("boxes", "box_label", "mask", "polygon", "keypoints"):
             made[key] = objects(preset, n)[key]
         elif key in ("origin", "rgb"):
