@@ -32,7 +32,7 @@ from polysense.towers.clip_text import ClipText
 METRIC, HIGHER_IS_BETTER = "share of drawn pictures of held-out pairs that show the colour and the shape asked for", True
 DATA = "scenes:combos at 32 px, 4 shapes, 4 colours, plain (4,000 captioned pictures; asked for the held-out pairs)"
 SPEC = "scenes:combos?style=plain&size=32&shapes=4&colours=4"
-COMPRESS, DENOISE, COUNT = 180, 300, 100
+COMPRESS, DENOISE, COUNT = 400, 400, 100
 
 
 def plan(compress: int, denoise: int) -> Preset:
@@ -41,7 +41,8 @@ def plan(compress: int, denoise: int) -> Preset:
     config = base.config.but(vae=KLVAE.Config(widths=(16, 32, 32), depth=1, norm=GroupNorm.Config(groups=8, eps=1e-6)),
                              unet=unet((32, 64), (1,), 64, depth=1, heads=4, groups=16), text=text)
     return base.but(config=config, starts=()).but(**{
-        "feed.text": TextPlan(vocab=512, length=16), "stages.0.steps": compress, "stages.0.batch_size": 32, "stages.1.steps": denoise,
+        "feed.text": TextPlan(vocab=512, length=16), "stages.0.steps": compress, "stages.0.batch_size": 16, "stages.0.optim.lr": 4e-3,
+        "stages.1.steps": denoise,
         "stages.1.batch_size": 48, "stages.1.trainable": ("unet.*", "text.*"), "stages.1.ema": 0.98, "stages.1.optim.lr": 2e-3})
 
 

@@ -23,7 +23,7 @@ from polysense.tasks.generation import Judge, seen_by, teach
 METRIC, HIGHER_IS_BETTER = "likeness of drawn pictures to held-out pictures of the new thing (cosine of classifier features)", True
 COMMON = "scenes:single?style=plain&size=32&colours=red,green,blue,yellow"
 DATA = "scenes of circles, squares and triangles at 32 px (3,000); five of a red star, 50 held out"
-COMPRESS, DENOISE, LEARN, COUNT, COARSE = 180, 250, 150, 50, "triangle"
+COMPRESS, DENOISE, LEARN, COUNT, COARSE = 400, 250, 150, 50, "triangle"
 
 
 def likeness(judge: Judge, drawn: Tensor, real: Tensor) -> float:

@@ -192,6 +192,25 @@ def test_the_critic_joins_late_and_minds_its_own_gradient(batch):
     assert {n.split(".")[0] for n, p in system.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0} == {"critic"}
 
 
+def test_pixels_differ_by_size_or_square(batch):
+    """The paper's L1; `tiny` takes squares."""
+    def detail(**change):
+        torch.manual_seed(0)
+        system = StableDiffusion(SMALL.config.but(**change)).train()
+        torch.manual_seed(1)
+        said = system.compress(batch)["detail"]
+        torch.manual_seed(1)
+        mean, log = system.vae.moments(batch["image"])
+        return said, batch["image"] - system.vae.decode(mean + (0.5 * log).exp() * torch.randn_like(mean))
+    said, off = detail(apart="absolute")
+    torch.testing.assert_close(said, off.abs().mean())
+    said, off = detail()
+    torch.testing.assert_close(said, off.square().mean())
+    assert preset_of("latent_diffusion", "autoencoder").config.apart == "absolute"
+    with pytest.raises(UserError, match="absolute or squares"):
+        StableDiffusion(SMALL.config.but(apart="cubes"))
+
+
 SEEN = Perceptual.Config(rows=vgg_rows((1, 1), base=4), seen=(0, 1))
 
 

@@ -7,9 +7,9 @@ the log-variance of z, and
 
 with the distance d that a trained network sees (LPIPS), a critic of patches that joins late, and lambda the ratio of both terms' gradients at the
 decoder's last layer (Esser et al. 2021). The network of d comes from a trained VGG or from published files (`perceptual_files`); `tiny` has neither
-d nor critic. Then the auto-encoder is frozen. A U-Net learns to take noise from z, scaled to unit deviation, while it reads the caption y through
-cross-attention, whose queries are the places of its maps and whose keys and values are the states tau(y) of a frozen CLIP text tower (all 77 of them,
-after the last norm):
+d nor critic, and squares in place of |.|. Then the auto-encoder is frozen. A U-Net learns to take noise from z, scaled to unit deviation, while it
+reads the caption y through cross-attention, whose queries are the places of its maps and whose keys and values are the states tau(y) of a frozen
+CLIP text tower (all 77 of them, after the last norm):
 
     L_2 = || e - eps(A_t z + B_t e, t, tau(y)) ||^2,    e ~ N(0, I)                                                  (equation 3)
 
@@ -40,6 +40,8 @@ card = Card(
     needs=("image", "text"), can=("generate_image", "reconstruct"), official="CompVis/stable-diffusion",
 )
 
+APART = {"absolute": torch.abs, "squares": torch.square}
+
 weights = {"diffusers": layouts.DIFFUSERS, "original": layouts.ORIGINAL}
 
 
@@ -47,6 +49,7 @@ weights = {"diffusers": layouts.DIFFUSERS, "original": layouts.ORIGINAL}
 class StableDiffusion(LatentDiffusion):
     @dataclass(frozen=True, kw_only=True)
     class Config(LatentDiffusion.Config):
+        apart: str = "absolute"              # how pixels differ: "absolute", or "squares", by which a short run learns small things sooner
         perceptual: Spec | None = None       # a Perceptual, for the auto-encoder; None: its loss has no such term
         perceptual_weight: float = 1.0
         perceptual_files: tuple[str, ...] = ()               # LPIPS as published, read once before training; (): as the Start left it
@@ -63,6 +66,9 @@ class StableDiffusion(LatentDiffusion):
         self.perceptual_config, self.perceptual_weight, self.perceptual_files = c.perceptual, c.perceptual_weight, c.perceptual_files
         if c.perceptual_files and c.perceptual is None:
             raise UserError("perceptual_files without a perceptual network", "give config.perceptual as well, or train the preset `autoencoder`")
+        if c.apart not in APART:
+            raise UserError(f"apart={c.apart!r}", f"it is {' or '.join(APART)}")
+        self.apart = APART[c.apart]
         self.critic_from, self.critic_weight, self.measured = c.critic_from, c.critic_weight, c.scale is None
         self.register_buffer("met", torch.zeros(()), persistent=c.critic is not None)
 
@@ -77,7 +83,7 @@ class StableDiffusion(LatentDiffusion):
         mean, log = self.vae.moments(x)
         z = mean + (0.5 * log).exp() * torch.randn_like(mean)
         drawn = self.vae.decode(z)
-        off = (x - drawn).abs().mean()
+        off = self.apart(x - drawn).mean()
         if self.perceptual is not None:
             off = off + self.perceptual_weight * self.perceptual(x, drawn).mean()
         detail = off / self.log_noise.exp() + self.log_noise
@@ -106,7 +112,7 @@ def tiny() -> Preset:
     """2.9M parameters in the U-Net; the text tower is that of `clip` tiny."""
     return Preset(
         data="scenes:single?style=plain&size=32", feed=pictures(32, TINY_WORDS), starts=(Start(into="text", from_="clip", take="text"),),
-        config=StableDiffusion.Config(**tiny_base()),
+        config=StableDiffusion.Config(**tiny_base(), apart="squares"),
         stages=(Stage(name="compress", objective=StableDiffusion.compress, trainable=("vae.*", "log_noise"), weights=(("kl", 1e-4),), steps=600,
                       batch_size=48, optim=Optim(lr=2e-3, warmup=30, clip=1.0)),
                 Stage(name="denoise", objective=StableDiffusion.losses, trainable=("unet.*",), steps=1500, batch_size=64, ema=0.995,
