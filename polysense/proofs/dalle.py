@@ -5,6 +5,7 @@ scorer. The codes are a VQ-VAE's (preset tiny_vq): in the minute there is, the d
 The judge is another network, trained on real scenes to name both.
 """
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -17,13 +18,14 @@ from polysense.pipeline import Pipeline
 from polysense.proofs.arms import train_arm, words
 from polysense.proofs.harness import Outcome
 from polysense.proofs.judge import agreement, small_clip, train_judge
+from polysense.proofs.pool import kept
 from polysense.systems.generate import dalle, vq_vae
 from polysense.towers.clip import body as clip_body
 from polysense.towers.clip_text import ClipText
 from polysense.train.starts import carry
 
 METRIC, HIGHER_IS_BETTER = "share of drawn scenes whose colour and shape are those of the sentence (best of 8 by the scorer)", True
-DATA = "scenes:combos, 32 px, plain, 4 colours x 4 shapes (8,000 train; sentences of 96 test scenes)"
+DATA = "scenes:combos, 32 px, plain, 4 colours x 4 shapes (3,000 train; sentences of 96 test scenes)"
 SCENES = "scenes:combos?size=32&style=plain&shapes=4&colours=4&combos=all&captions=1"
 LENGTH = 20
 
@@ -34,25 +36,24 @@ def plan(steps: int) -> Preset:
         "stages.0.steps": steps, "stages.0.batch_size": 32, "stages.0.optim.warmup": steps // 10})
 
 
-def shuffled(train: Source, of: Preset, tokenizer, seed: int) -> Iterator[Batch]:
+def shuffled(train: Source, of: Preset, tokenizer: Any, seed: int) -> Iterator[Batch]:
     """Batches in which every picture has the caption of another."""
     for batch in Loader(train, of.feed, tokenizer, batch_size=of.stages[0].batch_size, seed=seed, needs=("image", "text")):
         yield batch | {"text": batch["text"].roll(1, 0)}
 
 
-def compare(seed: int, train: Source, test: Source, asked: int = 96, stage_1: int = 600, steps: int = 160) -> Outcome:
-    of = plan(steps)
+def compare(seed: int, train: Source, test: Source, asked: int = 96, stage_1: int = 600, steps: int = 400) -> Outcome:
+    of, train, needs = plan(steps), kept(train), ("image", "text")
     codec = train_arm("vq_vae", vq_vae.small().but(**{"stages.0.steps": stage_1}), train, needs=("image",), seed=seed).subject
     tokenizer = words(of, train)
 
     def stand(system: System) -> None:
         carry(of.starts[0], codec, system)  # type: ignore[arg-type]
 
-    told = train_arm("dalle", of, train, needs=("image", "text"), seed=seed, tokenizer=tokenizer, prepare=stand).subject
-    blind = train_arm("dalle", of, train, needs=("image", "text"), seed=seed, tokenizer=tokenizer, prepare=stand,
-                      batches=shuffled(train, of, tokenizer, seed)).subject
+    told, blind = (train_arm("dalle", of, train, needs=needs, seed=seed, tokenizer=tokenizer, prepare=stand, batches=fed).subject
+                   for fed in (None, shuffled(train, of, tokenizer, seed)))
     text = ClipText.Config(vocab=512, length=LENGTH, end=2, body=clip_body(64, 2, 2))
-    scorer = train_arm("clip", small_clip(of, text, 16, 100), train, needs=("image", "text"), seed=seed, tokenizer=tokenizer).subject
+    scorer = train_arm("clip", small_clip(of, text, 16, 150), train, needs=needs, seed=seed, tokenizer=tokenizer).subject
     judge = train_judge(train, of.feed, 16, 400, seed)
     batch = next(iter(Loader(test, of.feed, tokenizer, batch_size=asked, train=False, needs=("image", "text", "label"))))
     scores: dict[str, float] = {}
@@ -78,6 +79,6 @@ def drawn(subject: Pipeline, scorer: Pipeline, batch: Batch, seed: int, count: i
 
 
 def run(seed: int) -> Outcome:
-    return compare(seed, source(f"{SCENES}&n=8000&seed={seed}"), source(f"{SCENES}&n=96&seed={seed}", split="test"))
+    return compare(seed, source(f"{SCENES}&n=3000&seed={seed}"), source(f"{SCENES}&n=96&seed={seed}", split="test"))
 
 
