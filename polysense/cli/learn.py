@@ -14,8 +14,8 @@ System = Annotated[str | None, typer.Option(metavar="ID", help="Of a published c
 Layout = Annotated[str | None, typer.Option(metavar="LAYOUT", help="Of a published checkpoint: hf, openai, open_clip, timm ...")]
 Device = Annotated[str | None, typer.Option(metavar="DEVICE", help="cuda, mps or cpu.  [default: the first that exists]")]
 
-NEXT = (("encode_text", "index PHOTOS"), ("generate_text", "ask PHOTO QUESTION"), ("generate_image", "generate WORDS --out FILE.png"),
-        ("sample_image", "generate --out FILE.png"), ("segment", "segment PHOTO --point X,Y --out FILE.png"),
+NEXT = (("encode_text", "index PHOTOS"), ("detect", "detect PHOTO --out FILE.png"), ("generate_text", "ask PHOTO QUESTION"),
+        ("generate_image", "generate WORDS --out FILE.png"), ("sample_image", "generate --out FILE.png"), ("segment", "segment PHOTO --point X,Y --out FILE.png"),
         ("render_view", "render --out FILE.png"), ("reconstruct", "reconstruct PHOTO --out FILE.png"),
         ("encode_image", "encode PHOTOS"), ("encode_video", "encode VIDEOS"))
 
