@@ -15,10 +15,9 @@ Layout = Annotated[str | None, typer.Option(metavar="LAYOUT", help="Of a publish
 Device = Annotated[str | None, typer.Option(metavar="DEVICE", help="cuda, mps or cpu.  [default: the first that exists]")]
 
 NEXT = (("encode_text", "index PHOTOS"), ("detect", "detect PHOTO --out FILE.png"), ("generate_text", "ask PHOTO QUESTION"),
-        ("generate_image", "generate WORDS --out FILE.png"), ("sample_image", "generate --out FILE.png"), ("segment", "segment PHOTO --point X,Y --out FILE.png"),
-        ("render_view", "render --out FILE.png"), ("reconstruct", "reconstruct PHOTO --out FILE.png"),
-        ("encode_image", "encode PHOTOS"), ("encode_video", "encode VIDEOS"))
-
+        ("generate_image", "generate WORDS --out FILE.png"), ("sample_image", "generate --out FILE.png"),
+        ("segment", "segment PHOTO --point X,Y --out FILE.png"), ("render_view", "render --out FILE.png"),
+        ("reconstruct", "reconstruct PHOTO --out FILE.png"), ("encode_image", "encode PHOTOS"), ("encode_video", "encode VIDEOS"))
 
 
 def train(id: Id,
