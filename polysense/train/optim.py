@@ -19,11 +19,12 @@ Tensors = list[Tensor] | tuple[Tensor, ...]
 
 
 def undecayed(system: nn.Module) -> set[str]:
-    """Names of the parameters that never decay: biases, those of norms, and those of fewer than two dimensions."""
+    """Names of the parameters that never decay: biases, those of norms, of fewer than two dimensions, and what a module lists as `undecayed`."""
     out = {n for n, p in system.named_parameters() if p.ndim < 2 or n.rpartition(".")[2].startswith("bias")}
     for name, module in system.named_modules():
         if isinstance(module, NORMS) or "norm" in type(module).__name__.lower():
             out |= {f"{name}.{n}".lstrip(".") for n, _ in module.named_parameters(recurse=False)}
+        out |= {f"{name}.{n}".lstrip(".") for n in getattr(module, "undecayed", ())}
     return out
 
 
