@@ -1,23 +1,31 @@
 """Perceptual distances as they are published: `lpips.LPIPS`'s whole state, or its few linears beside torchvision's VGG in a file of its own."""
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from polysense.base.errors import UserError
-from polysense.weights.convnet_torchvision import convolutions
 from polysense.weights.files import read_state
 from polysense.weights.keymap import KeyMap, Op, Rule, State, both, load_into, rename, rule
 
-SLICE = r"net.slice{s}.{n}.{rest}"
 pointwise = Op("pointwise", lambda t: [t[0].reshape(-1)], lambda t: [t[0].view(1, -1, 1, 1)])         # [1,C,1,1] -> [C]
 
 
+def placed(config: Any) -> Iterator[tuple[int, int, str]]:
+    """(slice, number in torchvision's `features`, our name) of each convolution; ReLU and pools are counted, and slice s ends with the s-th map."""
+    n, stage, at = 0, 0, 0
+    for i, row in enumerate(config.rows):
+        yield sum(i > last for last in config.seen) + 1, n, f"stages.{stage}.{at}.conv"
+        n, at = n + 2, at + 1
+        if row.pool is not None:
+            n, stage, at = n + 1, stage + 1, 0
+
+
 def keymap(config: Any) -> KeyMap:
-    """For a Perceptual.Config: the state of `lpips.LPIPS(net="vgg")`. Slice s ends with the s-th compared map."""
+    """For a Perceptual.Config: the state of `lpips.LPIPS(net="vgg")`."""
     rules: list[Rule] = [rule(f"lin{i}.model.1.weight", f"weigh.{i}", pointwise) for i in range(len(config.seen))]
-    for at, (n, ours) in enumerate(convolutions(config)):
-        of = sum(at > last for last in config.seen) + 1
+    for of, n, ours in placed(config):
         rules += both(f"net.slice{of}.{n}", f"tower.{ours}")
     return KeyMap(tuple(rules), drop=(r"scaling_layer\..*", r"lins\..*"))
 
@@ -30,7 +38,7 @@ def load_perceptual(part: nn.Module, config: Any, *paths: str | Path) -> None:
     state: State = State()
     for path in paths:
         state |= read_state(Path(path))
-    numbers = {str(n): sum(at > last for last in config.seen) + 1 for at, (n, _) in enumerate(convolutions(config))}
+    numbers = {str(n): of for of, n, _ in placed(config)}
     named = State()
     for key, value in state.items():
         _, _, n = rename(key, "features.{n}.{rest}", "@.@.{n}").rpartition(".")
