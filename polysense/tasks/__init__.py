@@ -48,6 +48,8 @@ EXAMS: dict[str, Exam] = {e.name: e for e in (
          "let the nearest training pictures vote on the class"),
     Exam("few_shot", "polysense.tasks.few_shot", ("encode_image",), ("image", "label"), "ridge regression",
          "learn from 1, 5 or 10 pictures a class by ridge regression on frozen features"),
+    Exam("judged", "polysense.tasks.judged", ("generate_text",), ("image", "question", "answer"), "",
+         "answer questions about pictures, graded by a language model that is told in words what they show, relative to a reference"),
     Exam("generation", "polysense.tasks.generation", ("sample_image",), ("image", "label"), "a small classifier whose features are compared",
          "how near pictures drawn without words come to real ones: Fréchet and kernel distance of a small classifier's features"),
 )}
