@@ -61,6 +61,11 @@ class Vocabulary(Spec):
         """The inverse of `box_tokens`."""
         return dequantise(tokens - self.bins_from, self.bins)[..., [1, 0, 3, 2]]
 
+    def prompt(self, task: int, boxes: Tensor, label: Tensor) -> Tensor:
+        """What asks about one thing: task, box [O,4] and class [O] -> [O,6]."""
+        head = torch.full((len(boxes), 1), task, device=boxes.device)
+        return torch.cat([head, self.box_tokens(boxes), (self.class_from + label)[:, None]], 1)
+
     def place_tokens(self, place: Tensor) -> Tensor:
         """place [...,P,2] (x y) -> y x y x ... [...,2P]."""
         return (self.bins_from + quantise(place.flip(-1), self.bins)).flatten(-2)

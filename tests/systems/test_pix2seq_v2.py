@@ -387,6 +387,16 @@ def test_detection_exam_is_one_for_the_truth_and_less_for_less():
         take("detection", subject, test, overlap=0.0)
 
 
+def test_damaged_weights_are_one_clear_error(system, batch):
+    with torch.no_grad():
+        system.decoder.head.weight[5] = float("nan")
+    boxes, said = batch["boxes"].clamp(0, 1), torch.ones(4, 1, dtype=torch.long)
+    for call in (lambda: system.detect(batch["image"]), lambda: system.segment(batch["image"], boxes=boxes),
+                 lambda: system.keypoints(batch["image"], boxes), lambda: system.generate_text(batch["image"], said, max_new=3)):
+        with pytest.raises(UserError, match="not finite"):
+            call()
+
+
 def test_batches_without_objects_are_refused(system, batch):
     with pytest.raises(UserError, match="no picture of this batch"):
         system.write({**batch, "box_label": torch.full_like(batch["box_label"], -1)})

@@ -124,15 +124,9 @@ class Pix2SeqV2(System):
         picture, column = chosen.nonzero(as_tuple=True)
         return picture, column
 
-    def asking(self, task: int, boxes: Tensor, label: Tensor) -> Tensor:
-        """The prompt for one thing: task, box [O,4] and class [O] -> [O,6]."""
-        head = torch.full((len(boxes), 1), task, device=boxes.device)
-        return torch.cat([head, self.v.box_tokens(boxes), (self.v.class_from + label)[:, None]], 1)
-
     def outline(self, polygon: Tensor) -> Tensor:
         """polygon [O,P',2] -> tokens [O,2 * points] of every so many-th point, beginning anywhere."""
-        step = polygon.shape[1] // self.c.points
-        start = torch.randint(polygon.shape[1], (len(polygon), 1), device=polygon.device)
+        step, start = polygon.shape[1] // self.c.points, torch.randint(polygon.shape[1], (len(polygon), 1), device=polygon.device)
         at = (start + step * torch.arange(self.c.points, device=polygon.device)) % polygon.shape[1]
         return self.v.place_tokens(polygon.gather(1, at[..., None].expand(-1, -1, 2)))
 
@@ -154,12 +148,12 @@ class Pix2SeqV2(System):
             out["detect"] = self.score(seen, task, *self.detection(boxes, label))
         if "segment" in self.c.tasks:
             points = self.outline(batch["polygon"][which, column])
-            out["segment"] = self.score(tiled, self.asking(SEGMENT, *thing), points, points, torch.ones_like(points, dtype=torch.float))
+            out["segment"] = self.score(tiled, self.v.prompt(SEGMENT, *thing), points, points, torch.ones_like(points, dtype=torch.float))
         if "keypoints" in self.c.tasks:
             keys = batch["keypoints"][which, column]
             shown = (keys[..., 2] > 0).repeat_interleave(2, 1)
             places = torch.where(shown, self.v.place_tokens(keys[..., :2]), HIDDEN)
-            out["keypoints"] = self.score(tiled, self.asking(KEYPOINTS, *thing), places, places, torch.where(shown, 1.0, LIGHT))
+            out["keypoints"] = self.score(tiled, self.v.prompt(KEYPOINTS, *thing), places, places, torch.where(shown, 1.0, LIGHT))
         if "caption" in self.c.tasks:
             said, weight = self.sentence(batch["text"])
             out["caption"] = self.score(seen, task + CAPTION - DETECT, said, said, weight)
@@ -178,8 +172,7 @@ class Pix2SeqV2(System):
         """image [B,3,H,W] -> boxes [B,objects,4], class [B,objects], score [B,objects], best first: `objects` are always written; coordinates
         are drawn from the nucleus, the class is the likeliest of the real ones and its probability the score."""
         seen, kinds = self.look(image), slice(self.v.class_from, self.v.class_from + len(self.v.classes))
-        logits, writer = self.decoder.start(self.decoder.embed(torch.full((len(seen), 1), DETECT, device=seen.device)),
-                                            room=5 * self.c.objects - 1, source=seen)
+        logits, writer = self.begin(seen, torch.full((len(seen), 1), DETECT, device=seen.device), 5 * self.c.objects)
         draw, out, score, over = self.drawer(self.c.box_p), [], [], torch.zeros(len(seen), dtype=torch.bool, device=seen.device)
         for i in range(5 * self.c.objects):
             if i % 5 == 0 and self.c.fill == "end":                     # such lists end by themselves
@@ -222,7 +215,7 @@ class Pix2SeqV2(System):
             raise UserError(f"boxes has shape {list(boxes.shape)} for {len(image)} pictures", "it is [B,N,4]")
         b, n, k = *boxes.shape[:2], self.c.polygons
         seen, flat = self.look(image).repeat_interleave(n, 0), boxes.flatten(0, 1)
-        prompt = self.asking(SEGMENT, flat, self.classes_of(seen, flat)).repeat_interleave(k, 0)
+        prompt = self.v.prompt(SEGMENT, flat, self.classes_of(seen, flat)).repeat_interleave(k, 0)
         written = self.tokens(seen.repeat_interleave(k, 0), prompt, 2 * self.c.points, self.drawer(self.c.mask_p))
         drawn = filled(self.v.places(written), image.shape[-2] // 2, image.shape[-1] // 2).unflatten(0, (-1, k))
         share = drawn.float().mean(1)
@@ -239,13 +232,20 @@ class Pix2SeqV2(System):
         def likeliest(logits: Tensor) -> Tensor:
             range_ = logits[:, self.v.bins_from:self.v.bins_from + self.v.bins]
             return torch.where(logits[:, HIDDEN] > range_.amax(1), HIDDEN, self.v.bins_from + range_.argmax(1))
-        tokens = self.tokens(seen, self.asking(KEYPOINTS, flat, self.classes_of(seen, flat)), 2 * count, likeliest)
+        tokens = self.tokens(seen, self.v.prompt(KEYPOINTS, flat, self.classes_of(seen, flat)), 2 * count, likeliest)
         shown = (tokens != HIDDEN).unflatten(1, (count, 2)).all(-1, keepdim=True)
         return torch.cat([self.v.places(tokens) * shown, shown.float()], -1).unflatten(0, (b, n))
 
+    def begin(self, seen: Tensor, prompt: Tensor, count: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Logits [O,V] of the first of `count` tokens behind a prompt [O,P], and the writer of the others."""
+        logits, writer = self.decoder.start(self.decoder.embed(prompt), room=count - 1, source=seen)
+        if not bool(logits.isfinite().all()):
+            raise UserError("the decoder returned numbers that are not finite", "the weights or the picture are damaged")
+        return logits, writer
+
     def tokens(self, seen: Tensor, prompt: Tensor, count: int, choose: Callable[[Tensor], Tensor]) -> Tensor:
         """`count` tokens [O,count] behind a prompt [O,P], each chosen from its logits [O,V]."""
-        logits, writer = self.decoder.start(self.decoder.embed(prompt), room=count - 1, source=seen)
+        logits, writer = self.begin(seen, prompt, count)
         out = [choose(logits)]
         for _ in range(count - 1):
             out.append(choose(writer(out[-1])))
@@ -282,9 +282,9 @@ def tiny() -> Preset:
     return Preset(
         data="scenes", feed=Feed(image=ImagePlan(size=64), text=TextPlan(vocab=700, length=32, pad="zero")),
         config=Pix2SeqV2.Config(vision=vision, places=64, vocabulary=v, objects=8, instances=2, points=16, joints=5,
-                                decoder=decoder(v.size, 48, 128, 2, 4, 512)),
+                                bins_at_birth="ordered", decoder=decoder(v.size, 48, 128, 2, 4, 512)),
         stages=(Stage(objective=Pix2SeqV2.write, steps=1500, batch_size=32, optim=Optim(
-            lr=1e-3, weight_decay=0.05, betas=(0.9, 0.95), schedule="linear", warmup=50, clip=1.0)),))
+            lr=2e-3, weight_decay=0.05, betas=(0.9, 0.95), schedule="linear", warmup=50, clip=1.0)),))
 
 
 def paper() -> Preset:
