@@ -22,10 +22,13 @@ from polysense.nn.check import check_text
 from polysense.nn.head import Linear
 from polysense.nn.mlp import MLP, GatedMLP
 from polysense.nn.norm import LayerNorm, RMSNorm
-from polysense.nn.rotary import Rotary
+from polysense.nn.rotary import Rotary, Turn
+from polysense.nn.stepwise import Stepwise, plain
 from polysense.nn.transformer import Transformer
 from polysense.towers.decoding import Greedy
 from polysense.towers.encoded import Encoded, Tower
+
+WORTH = 16                                   # tokens to be written that are worth a copy of the weights
 
 
 class LearnedPositions(Part):
@@ -76,6 +79,7 @@ class CausalLM(Tower):
         ropes = [b.attn.rope for b in self.body.blocks]
         alike = ropes[0] is not None and len({(r.turned, r.base) if r is not None else None for r in ropes}) == 1
         self.rotary = ropes[:1] if alike else []                     # in a list: a part of the body, not another one of this module
+        self._steps: tuple[Any, Stepwise] | None = None              # state of the weights, and their copies for one token at a time
 
     def forward(self, text: Tensor, mask: Tensor | None = None) -> Encoded:
         """text [B,L] ids, mask [B,L] (None: all are real) -> tokens [B,L,D] (normed), pooled [B,D] (the last real token), mask.
@@ -131,7 +135,18 @@ class CausalLM(Tower):
             hidden = last_real(self._through(x, places(mask), visible(mask), cache, source, source_mask), mask)
             length, keys = mask.sum(1), torch.cat([mask, mask.new_ones(b, room)], 1)
         on = source_mask if source_mask is None or source_mask.ndim < 3 else last_real(source_mask, mask)[:, None]
-        return self.logits(hidden), CachedWriter(self, cache, length, keys, source, on)
+        return self.logits(hidden), CachedWriter(self, cache, length, keys, source, on, self.stepwise() if room >= WORTH else None)
+
+    def stepwise(self) -> Stepwise | None:
+        """The blocks laid out for one token at a time, made anew when the weights have changed; None where they are not plain."""
+        known = not any(b.attn.rope is not None for b in self.body.blocks if isinstance(b, PreNorm)) or bool(self.rotary)
+        if not known or torch.is_autocast_enabled("cpu") or not plain(self.body):
+            self._steps = None
+            return None
+        state = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.body.parameters())
+        if self._steps is None or self._steps[0] != state:
+            self._steps = state, Stepwise(self.body)
+        return self._steps[1]
 
     def _fits(self, tokens: int) -> None:
         if tokens > self.length:
@@ -139,6 +154,8 @@ class CausalLM(Tower):
 
     def _through(self, x: Tensor, position: Tensor, seen: Tensor | None, cache: Cache | None, source: Tensor | None = None,
                  source_mask: Tensor | None = None) -> Tensor:
+        if torch.is_grad_enabled():
+            self._steps = None               # the weights may change next, and fused optimisers do not count that as a new version
         if self.position is not None:
             x = x + self.position(position).to(x.dtype)
         return self.body(x, source, mask=seen, source_mask=source_mask, causal=seen is None, cache=cache, position=self.turned(position))
@@ -150,11 +167,13 @@ class CausalLM(Tower):
 
 class CachedWriter:
     """A `decoding.Writer` over a key-value cache; `length` [B] real tokens and `keys` [B,T+room] real places of padded prompts, else None.
-    `source` and `source_mask` [B,S] or [B,1,S]: what blocks with cross-attention look at."""
+    `source` and `source_mask` [B,S] or [B,1,S]: what blocks with cross-attention look at. `steps`: the same
+    blocks laid out for one token."""
 
     def __init__(self, lm: CausalLM, cache: Cache, length: Tensor | None, keys: Tensor | None, source: Tensor | None = None,
-                 source_mask: Tensor | None = None):
+                 source_mask: Tensor | None = None, steps: Stepwise | None = None):
         self.lm, self.cache, self.length, self.keys, self.source, self.source_mask = lm, cache, length, keys, source, source_mask
+        self.steps = steps
 
     def __call__(self, token: Tensor) -> Tensor:
         """token [B] -> logits [B,V] of the next."""
@@ -167,6 +186,9 @@ class CachedWriter:
             self.length = self.length + 1
         if self.lm.position is not None:
             x = x + self.lm.position(position).to(x.dtype)
+        if self.steps is not None:
+            turn = self.lm.turned(position)
+            return self.lm.logits(self.steps(x[:, 0], self.cache, turn if isinstance(turn, Turn) else None, seen))
         return self.lm.logits(self.lm.body(x, self.source, mask=seen, source_mask=self.source_mask, cache=self.cache,
                                            position=self.lm.turned(position))[:, -1])
 

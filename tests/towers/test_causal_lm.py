@@ -80,7 +80,7 @@ def test_the_prompt_is_read_once_and_every_token_after_it_alone(lm):
 
 def test_no_token_sees_a_later_one(lm):
     x = torch.randn(1, 6, 16, requires_grad=True)
-    lm.read(x)[0, 2].sum().backward()
+    lm.read(x)[0, 2, 0].backward()           # one feature: the sum of a layer norm is a constant
     assert (x.grad[0, 3:] == 0).all() and (x.grad[0, :3] != 0).any()
 
 
