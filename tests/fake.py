@@ -26,7 +26,7 @@ def fake_batch(preset: Preset, keys: tuple[str, ...], n: int = 4, seed: int = 0)
             made[key] = torch.randn(n, len(feed.views), 3, feed.views[0].size, feed.views[0].size, generator=g)
         elif key == "crops":
             made[key] = torch.randn(n, len(feed.crops), 3, feed.crops[0].size, feed.crops[0].size, generator=g)
-        elif key in ("text", "question", "answer"):
+        elif key in ("text", "retold", "question", "answer"):
             text = torch.randint(5, 60, (n, 8), generator=g)
             text[:, 0], text[:, -1] = 1, 2
             if getattr(feed.text, "new", ()):            # every text has the new words

@@ -23,6 +23,7 @@ VOCABULARY: dict[str, Key] = {
     "views": Key("B V 3 H W", "float", "V independently augmented views of the same picture"),
     "crops": Key("B V 3 H W", "float", "V small random crops of the same picture (multi-crop)"),
     "text": Key("B L", "int", "token ids, trimmed to the longest of the batch"),
+    "retold": Key("B L", "int", "token ids of `text` with a word replaced, moved or left out"),
     "text_mask": Key("B L", "bool", "True where `text` holds a real token, False on padding"),
     "label": Key("B", "int", "class number"),
     "tags": Key("B C", "float", "multi-label targets, 0 or 1"),

@@ -18,8 +18,10 @@ from polysense.data.sources import Sample, Source
 
 SUFFIXES = (("ies", "y"), ("ves", "f"), ("sses", "ss"), ("xes", "x"), ("ches", "ch"), ("shes", "sh"), ("zes", "z"), ("men", "man"), ("ing", ""),
             ("ing", "e"), ("ed", ""), ("ed", "e"), ("es", "e"), ("es", ""), ("s", ""))
-STOP = frozenset(("a an the of on in at to by for with and or is are be it its this that these those from as into over under near some one two "
-                  "three his her their there here which who").split())
+STOP = frozenset((
+    "a", "an", "the", "of", "on", "in", "at", "to", "by", "for", "with", "and", "or", "is", "are", "be", "it", "its", "this", "that", "these",
+    "those", "from", "as", "into", "over", "under", "near", "some", "one", "two", "three", "his", "her", "their", "there", "here", "which",
+    "who"))
 WORD = re.compile(r"[^\W_]+(?:['-][^\W_]+)*")
 
 

@@ -23,6 +23,7 @@ from polysense.base.plan import ChatPlan, CropFeed, DropoutPlan, EpisodePlan, Fe
 from polysense.data import clips, images, views
 from polysense.data.bpe_dropout import Splitter
 from polysense.data.chat import Chat, episodes
+from polysense.data.eda import eda
 from polysense.data.outline import outlines
 from polysense.data.sources import BadSample, Sample, Source, name_of
 
@@ -32,8 +33,8 @@ PIXELS = ("image", "images", "views", "crops", "mask", "depth", "hint", "edited"
 TALK = {"chat", "chat_reply", "brief", "brief_reply"}   # conversations: made of questions and captions as a ChatPlan says
 EPISODE = {"episode", "images"}                         # several samples in one: as an EpisodePlan says
 MADE_OF = {"crops": "views", "chat": "question", "chat_reply": "question", "brief": "text", "brief_reply": "text", "episode": "text",
-           "images": "image"}
-TEXTS = {"text", "text_mask", "question", "answer", "episode"} | TALK                     # what takes a tokenizer
+           "images": "image", "retold": "text"}
+TEXTS = {"text", "text_mask", "retold", "question", "answer", "episode"} | TALK                     # what takes a tokenizer
 RECENT = 64                                             # batches whose ids are kept for `names`
 
 
@@ -54,7 +55,7 @@ class Made:
 def makeable(feed: Feed, train: bool) -> set[str]:
     """The batch keys that a feed says how to make."""
     picture = (feed.image or (feed.train_image if train else None)) is not None
-    texts = {"text", "text_mask", "question", "answer"} | (TALK if isinstance(feed.text, ChatPlan) else set())
+    texts = {"text", "text_mask", "retold", "question", "answer"} | (TALK if isinstance(feed.text, ChatPlan) else set())
     geometry, moving = {"image", "boxes", "box_label", "polygon", "keypoints", "mask", "depth", "hint", "edited"}, {"video", "video_mask"}
     return ({k for k in VOCABULARY if k not in TALK | EPISODE | texts | geometry | moving | {"views", "crops"}} | (geometry if picture else set())
             | (moving if picture or (feed.video and feed.video.image) else set()) | (texts if feed.text else set())
@@ -285,7 +286,8 @@ class Maker:
 
     def check(self, about: Sample) -> None:
         """Raises BadSample where the sample lacks the captions, label or question that the batch needs."""
-        if {"text", "text_mask", "brief", "brief_reply", "episode"} & set(self.keys) and not any(c.strip() for c in about.get("captions") or ()):
+        captioned = {"text", "text_mask", "retold", "brief", "brief_reply", "episode"}
+        if captioned & set(self.keys) and not any(c.strip() for c in about.get("captions") or ()):
             raise BadSample(about["id"], "has no caption")
         if "label" in self.keys and about.get("label") is None:
             raise BadSample(about["id"], "has no label")
@@ -372,13 +374,16 @@ class Maker:
         local = self.batch_size // self.world
         chance = np.random.default_rng([self.seed, step, 1]).random(self.batch_size)[self.rank * local:self.rank * local + len(abouts)]
         pick = lambda options, u: options[int(u * len(options)) if self.train else 0]
-        if "text" in self.keys or "text_mask" in self.keys:
+        if {"text", "text_mask", "retold"} & set(self.keys):
             said = [pick([c for c in a["captions"] if c.strip()], u) for a, u in zip(abouts, chance)]
             if self.split is None:
                 batch["text"], batch["text_mask"] = self.tokenizer.encode(said)
             else:
                 batch["text"], batch["text_mask"] = self.split.encode(said, [
                     np.random.default_rng([self.seed, step, 3, self.rank * local + i]) for i in range(len(said))])
+            if "retold" in self.keys:
+                draws = [np.random.default_rng([self.seed, step, 4, self.rank * local + i]) for i in range(len(said))]
+                batch["retold"] = self.tokenizer([eda(t, rng) for t, rng in zip(said, draws)])
         if "question" in self.keys or "answer" in self.keys:
             asked = [pick(a.get("qa") or [(a["question"], a.get("answer", ""))], u) for a, u in zip(abouts, chance)]
             batch["question"], batch["answer"] = self.tokenizer([q for q, _ in asked]), self.tokenizer([str(a) for _, a in asked])

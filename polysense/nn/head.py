@@ -116,14 +116,14 @@ class Projector(Part):
     """Linear, batch norm, ReLU, ... , linear: [B, widths[0]] -> [B, widths[-1]].
 
     Every linear but the last is followed by batch norm and ReLU; SimCLR has two, SLIP three linears (Mu et al. 2022: 4096, 4096, 256).
-    `last` says what the last linear has: a "bias" (SimCLR), "nothing" (MoCo v3's predictor of a ResNet), or no bias and a batch "norm" without
-    parameters behind it (MoCo v3). Names: `layers.{i}.linear`, `layers.{i}.norm`.
+    `last` says what the last linear has: a "bias" (SimCLR), "nothing" (MoCo v3's predictor of a ResNet), or no bias and behind it a batch "norm"
+    without parameters (MoCo v3) or "scaled" with them (SimSiam). Names: `layers.{i}.linear`, `layers.{i}.norm`.
     """
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Spec):
         widths: tuple[int, ...]              # into, hidden..., out
-        last: str = "bias"                   # or "nothing", "norm"
+        last: str = "bias"                   # or "nothing", "norm", "scaled"
 
     def __init__(self, c: Config):
         super().__init__()
@@ -132,7 +132,7 @@ class Projector(Part):
             last = i == len(c.widths) - 2
             layer = nn.Module()
             layer.linear = nn.Linear(a, b, bias=last and c.last == "bias")      # batch norm subtracts the mean: a bias before it is idle
-            end = nn.BatchNorm1d(b, affine=False) if c.last == "norm" else nn.Identity()
+            end = nn.BatchNorm1d(b, affine=c.last == "scaled") if c.last in ("norm", "scaled") else nn.Identity()
             layer.norm = end if last else BatchNorm1d(BatchNorm1d.Config(width=b))
             self.layers.append(layer)
 

@@ -48,3 +48,10 @@ def distil_ce(student: Tensor, target: Tensor, temperature: float) -> Tensor:
         cross = -torch.einsum("ibk,jbk->ij", target, log_p) / student.shape[1]
     other = ~torch.eye(len(target), len(student), dtype=torch.bool, device=student.device)
     return cross[other].mean()
+
+
+def mirror_cosine(one: Tensor, two: Tensor, target_one: Tensor, target_two: Tensor) -> Tensor:
+    """-(cos(one, target_two) + cos(two, target_one)) / 2, mean over the batch; the targets get no gradient (Chen & He 2021, SimSiam, equations 1
+    to 4). one, two: predictions from each view [B,D]; the targets: its projections. Scalar, in [-1, 1]."""
+    return -(F.cosine_similarity(one.float(), target_two.detach().float(), dim=-1).mean()
+             + F.cosine_similarity(two.float(), target_one.detach().float(), dim=-1).mean()) / 2
