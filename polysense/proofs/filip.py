@@ -10,7 +10,7 @@ from polysense.data.loader import Loader
 from polysense.data.scenes.source import ScenesSource
 from polysense.proofs.arms import train_arm
 from polysense.proofs.harness import Outcome
-from polysense.proofs.small import SIZE, fitted
+from polysense.proofs.small import SIZE, fitted, kept
 from polysense.systems.align import clip, filip
 
 METRIC, HIGHER_IS_BETTER = "share of things on whose box the best patch for their name lies", True
@@ -41,7 +41,7 @@ def pointing(subject: object, test: ScenesSource) -> tuple[float, float]:
 
 
 def run(seed: int, test_seed: int = 1001) -> Outcome:
-    train, test = source(f"{SPEC}&n=4000&seed={seed}&size={SIZE}"), source(f"{SPEC}&n=500&seed={test_seed}&size={SIZE}", split="test")
+    train, test = kept(source(f"{SPEC}&n=4000&seed={seed}&size={SIZE}")), source(f"{SPEC}&n=500&seed={test_seed}&size={SIZE}", split="test")
     assert isinstance(test, ScenesSource)
     image, text, of = filip.body(96, 3, 3), filip.body(96, 2, 3), {"vocab": 1024, "length": 24, "end": 2}
     own = fitted(filip.tiny(), filip.config(SIZE, 4, image, text, 64, **of, keep=1.0), STEPS, **{"stages.0.batch_size": 48})

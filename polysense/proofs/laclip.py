@@ -9,19 +9,19 @@ from polysense.data.rewrites import POOLS, Paraphraser, rewrite_lines, rewritten
 from polysense.data.sources import Source
 from polysense.proofs.arms import Present, exam, train_arm, words
 from polysense.proofs.harness import Outcome
-from polysense.proofs.small import SIZE, fitted, pair
+from polysense.proofs.small import SIZE, fitted, kept, pair
 from polysense.systems.align import laclip
 
 METRIC, HIGHER_IS_BETTER = "zero-shot accuracy among 36 unseen pairs, asked in words never trained on", True
-DATA = "scenes:combos (5,000 pictures, captions of colour and shape; tested on the held-out combinations)"
-STEPS, OTHER_WORDS, OWN_WORDS = 280, ("in the middle of this scene one can see the {} clearly",), ("a {}",)
+DATA = "scenes:combos (4,000 pictures, captions of colour and shape; tested on the held-out combinations)"
+STEPS, OTHER_WORDS, OWN_WORDS = 260, ("in the middle of this scene one can see the {} clearly",), ("a {}",)
 
 
 def run(seed: int, test: str = "scenes:combos?n=1000&seed=1001") -> Outcome:
-    terse = prompted(source(f"scenes:combos?n=5000&seed={seed}&size={SIZE}"), OWN_WORDS)
+    terse = prompted(kept(source(f"scenes:combos?n=4000&seed={seed}&size={SIZE}")), OWN_WORDS)
     captions = [terse.about(i)["captions"][0] for i in range(len(terse))]
     pool = rewritten(terse, *(rewrite_lines(captions, Paraphraser(), p, seed) for p in POOLS))
-    unseen = Present(source(f"{test}&size={SIZE}", split="test"))
+    unseen = Present(kept(source(f"{test}&size={SIZE}", split="test")))
     plan, found = fitted(laclip.tiny(), laclip.LaCLIP.Config(**pair()), STEPS), {}
     tokenizer = words(plan, pool)
     arms: dict[str, Source] = {"laclip": pool, "clip": terse}

@@ -6,7 +6,7 @@ from polysense.base.system import Preset
 from polysense.data import source
 from polysense.data.named import DIGIT_SAYINGS, DIGITS
 from polysense.data.retold import prompted
-from polysense.data.sources import Source, Subset
+from polysense.data.sources import ListSource, Source, Subset
 from polysense.proofs.arms import exam, some_of
 from polysense.systems.align import clip
 from polysense.towers.clip import body, vit_pair
@@ -42,6 +42,13 @@ def plain_clip(steps: int, **more: Any) -> Preset:
 def digits(n: int, seed: int) -> Source:
     """Handwritten digits with sentences about them."""
     return prompted(some_of(source("mnist"), n, seed), DIGIT_SAYINGS, "digits with sentences")
+
+
+def kept(base: Source) -> ListSource:
+    """A drawn source painted once, held in memory: asked again and again for what it says, it would paint again and again."""
+    rows = [{**base.about(i), "image": base.load(i, "image")} for i in range(len(base))]
+    return ListSource(base.name, [{k: r[k] for k in ("id", "image", "captions", "label")} for r in rows], ("image", "text", "label"),
+                      split=base.split, classes=base.classes, largest=base.largest)
 
 
 def of_classes(base: Source, labels: Sequence[int]) -> Source:
