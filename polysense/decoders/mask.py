@@ -86,7 +86,11 @@ class TwoWayBlock(Part):
 
 
 class Layered(Part):
-    """`copies` MLPs of the same shape side by side, ReLU between their linears: [O,copies,widths[0]] -> [O,copies,widths[-1]]."""
+    """`copies` MLPs of the same shape side by side, ReLU between their linears: [O,copies,widths[0]] -> [O,copies,widths[-1]].
+
+    Weights begin with the variance 2 / inputs (He et al. 2015, equation 10): what goes in comes out about as large.
+    Smaller ones, torch's default, make kernels that hardly tell one place from another, and training begins on a plateau.
+    """
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Spec):
@@ -98,7 +102,7 @@ class Layered(Part):
         self.layers: Any = nn.ModuleList()
         for a, b in zip(c.widths[:-1], c.widths[1:], strict=True):
             layer = nn.Module()
-            layer.weight = nn.Parameter(torch.empty(c.copies, b, a).uniform_(-a ** -0.5, a ** -0.5))
+            layer.weight = nn.Parameter(torch.empty(c.copies, b, a).uniform_(-(6 / a) ** 0.5, (6 / a) ** 0.5))
             layer.bias = nn.Parameter(torch.empty(c.copies, b).uniform_(-a ** -0.5, a ** -0.5))
             self.layers.append(layer)
 

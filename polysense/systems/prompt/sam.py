@@ -188,7 +188,7 @@ def small(clip: Aligned.Config | None = None) -> SAM.Config:
 
 def learn(objective: Callable[..., Losses], trainable: tuple[str, ...] = ("*",)) -> Stage:
     return Stage(objective=objective, steps=800, batch_size=16, weights=(("focal", FOCAL),), trainable=trainable,
-                 optim=Optim(lr=1e-3, weight_decay=0.05, warmup=50, clip=1.0))
+                 optim=Optim(lr=2e-3, betas=(0.9, 0.95), weight_decay=0.05, warmup=30, clip=1.0))
 
 
 def tiny() -> Preset:
