@@ -12,7 +12,7 @@ from polysense.systems.align import declip
 
 METRIC, HIGHER_IS_BETTER = "zero-shot accuracy among the names of 36 unseen pairs of colour and shape", True
 DATA = "scenes:combos (2,000 pictures; tested on the held-out combinations)"
-STEPS, NEEDS = 200, ("views", "text", "retold")
+STEPS, NEEDS = 140, ("views", "text", "retold")
 
 
 def plan(**weights: float) -> Preset:

@@ -15,7 +15,7 @@ from polysense.systems.align import clip, filip
 
 METRIC, HIGHER_IS_BETTER = "share of things on whose box the best patch for their name lies", True
 DATA = "scenes (two things each, 4,000 pictures; 500 others for the test)"
-STEPS, SPEC = 300, "scenes?objects=2&digits=0&style=plain&shapes=6&colours=6"
+STEPS, SPEC = 220, "scenes?objects=2&digits=0&style=plain&shapes=6&colours=6"
 
 
 def pointing(subject: object, test: ScenesSource) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from polysense.systems.align import mae_clip
 
 METRIC, HIGHER_IS_BETTER = "gain of MAE-CLIP over CLIP, linear probe on cifar10, trained on 400 pairs", True
 DATA = "fashion_products (400 and 6,000 pairs), probed on cifar10 (2,000 train, 2,000 test)"
-STEPS, FEW, MORE = 130, 400, 6000
+STEPS, FEW, MORE = 100, 400, 6000
 
 
 def plan(pixels: float, words: float) -> Preset:
