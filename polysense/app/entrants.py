@@ -66,7 +66,7 @@ def entrant(word: str, changes: dict[str, Any]) -> Entrant:
 
 
 def varied(of: Entrant, vary: Sequence[tuple[str, Sequence[Any]]]) -> list[Entrant]:
-    """One entrant for each combination of values. `objective` takes a method of the system, a loss of `objectives.swap`, or another system's id."""
+    """One entrant for each combination of values. `objective` takes a method of the system, a loss of `train.swap`, or another system's id."""
     out = [of]
     for path, values in vary:
         if len(values) < 2:
@@ -81,7 +81,7 @@ def changed(e: Entrant, path: str, value: Any) -> Entrant:
     changes = {**e.changes, path: value}
     if path != "objective":
         return Entrant(e.label, e.id, e.preset, override(e.plan, {path: value}), changes)
-    from polysense.objectives.swap import NAMES, Contrast
+    from polysense.train.swap import NAMES, Contrast
 
     if value in NAMES:
         if "encode_text" not in card_of(e.id).can:

@@ -68,6 +68,10 @@ class System(Part, ABC):
     def after_step(self, after: After) -> None:
         """Non-gradient state (EMA teachers, queues, centres) moves here and nowhere else."""
 
+    def doubts(self, batch: Batch) -> Iterable[str]:
+        """Reasons of its own not to begin training on batches like this one, each a sentence; `train.preflight` asks before the first step."""
+        return ()
+
     def choose_trainable(self, patterns: Iterable[str]) -> None:
         """Freeze everything but the parameters whose names match; a pattern that matches nothing is an error."""
         patterns, names = tuple(patterns), [n for n, _ in self.named_parameters()]

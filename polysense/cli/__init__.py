@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from polysense.base.errors import UserError
-from polysense.cli import agents, attend, clips, codes, compare, data, draw, learn, mask, match, scene, systems, talk, use
+from polysense.cli import agents, attend, clips, codes, compare, data, draw, learn, mask, match, merge, scene, systems, talk, use
 from polysense.cli.out import Stopped
 
 __all__ = ["app", "main"]
@@ -57,7 +57,7 @@ for name, command, panel in (
         ("decode", codes.decode, USE), ("generate", draw.generate, USE),
         ("segment", mask.segment, USE), ("detect", mask.detect, USE), ("render", scene.render, USE),
         ("agent", agents.agent, USE), ("clips", clips.clips, USE),
-        ("convert", systems.convert, BUILD), ("new", systems.new, BUILD)):
+        ("convert", systems.convert, BUILD), ("merge", merge.merge, BUILD), ("new", systems.new, BUILD)):
     app.command(name, rich_help_panel=panel)(command)
 app.add_typer(data.app, name="data", rich_help_panel=LOOK)
 

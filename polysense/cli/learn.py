@@ -35,8 +35,16 @@ def train(id: Id,
           workers: Annotated[int | None, typer.Option(metavar="N", min=0, help="Processes that decode pictures.")] = None,
           wandb: Annotated[str | None, typer.Option(metavar="PROJECT", help="Log to this Weights & Biases project too (extra `wandb`).")] = None,
           parallel: Annotated[str, typer.Option(metavar="ddp|fsdp", help="Under torchrun: how ranks share the work.")] = "ddp",
+          adapt: Annotated[str | None, typer.Option(metavar="HOW", help="Freeze the system and train a mechanism on it: "
+                                                    "lora:rank=8,on=\"vision.*.q|v\"; qlora, prefix_tuning, freeze_tuning.")] = None,
+          base: Annotated[Path | None, typer.Option(metavar="RUN", help="With --adapt: the run it goes onto.  [default: the preset, trained once]")]
+          = None,
+          no_preflight: Annotated[bool, typer.Option("--no-preflight", help="Skip the second of checks before the first step.")] = False,
           as_json: Json = False) -> None:
     """Train a system. What it learns stands in the run folder: weights, tokenizer, log, configuration.
+
+    Before the first step it is looked at for about a second: does a gradient reach what is to be trained, are labels there, masks the right way
+    round, negatives counted, can one batch be learned? If not, the run is refused with the reason.
 
     Stop it with Ctrl-C, or kill it: `polysense train ID --out DIR --resume` goes on exactly where it was.
 
@@ -46,6 +54,7 @@ def train(id: Id,
       polysense train clip --data "photos.csv?image=path&caption=title" --minutes 30
       polysense train clip optim.lr=5e-4 text.body.depth=6
       polysense train clip --out runs/clip --resume
+      polysense train clip --adapt lora:rank=8,on="vision.*.q|v" --base runs/clip --data PHOTOS --out runs/mine
       torchrun --nproc-per-node 2 -m polysense train clip --out runs/clip
     """
     from polysense.base.catalogue import card_of
@@ -55,7 +64,7 @@ def train(id: Id,
     if minutes is not None and minutes <= 0:
         raise UserError(f"--minutes {minutes:g} leaves no time to train", "give a positive number")
     options: dict[str, Any] = {"out": out, "resume": resume, "device": device, "workers": workers, "wandb": wandb, "parallel": parallel,
-                               "time_budget_s": minutes * 60 if minutes else None}
+                               "time_budget_s": minutes * 60 if minutes else None, "preflight": not no_preflight}
     from polysense.train.run import train as run_of
     from polysense.train.run import train_preset
 
@@ -68,7 +77,10 @@ def train(id: Id,
                                   split=before["split"], seed=before["seed"] if seed is None else seed, **options)
             return draw(events, id, minutes, as_json)
         seed = before["seed"] if seed is None else seed
-    draw(run_of(id, preset or "tiny", data=data, steps=steps, overrides=changes, seed=seed or 0, **options), id, minutes, as_json)
+    if base and not adapt:
+        raise UserError("--base is what --adapt goes onto", "say --adapt too; to train on with all weights, see --resume")
+    draw(run_of(id, preset or "tiny", data=data, steps=steps, overrides=changes, seed=seed or 0, adapt=adapt, base=base, **options),
+         id, minutes, as_json)
 
 
 def draw(events: Any, id: str, minutes: float | None, as_json: bool) -> None:

@@ -73,6 +73,11 @@ def find(path: str | Path, system: str | None, layout: str | None) -> tuple[str,
         if system and system != run.id:
             raise UserError(f"{place} is a run of {run.id}, not of {system}", "leave system= out: a run knows what it is")
         return run.id, run.system, run.preset, run.tokenizer, str(place.absolute())
+    if (place / "adapter_config.json").is_file() and system is None:
+        from polysense.train.adapting import open_adapter
+
+        run = open_adapter(place)
+        return run.id, run.system, run.preset, run.tokenizer, str(place.absolute())
     if not place.exists() and not HUB_ID.fullmatch(str(path)):
         raise UserError(f"no run or checkpoint at {str(path)!r}", "give a run folder, a checkpoint folder or file, or a hub id such as owner/name")
     if not system or not layout:

@@ -80,6 +80,8 @@ class CausalLM(Tower):
         alike = ropes[0] is not None and len({(r.turned, r.base) if r is not None else None for r in ropes}) == 1
         self.rotary = ropes[:1] if alike else []                     # in a list: a part of the body, not another one of this module
         self._steps: tuple[Any, Stepwise] | None = None              # state of the weights, and their copies for one token at a time
+        self.first = 0                                               # the position of the first token; behind a prefix of keys it is the prefix's length
+        self.soft: Any = None                                     # learned tokens among the real ones (mechanisms.prefix)
 
     def forward(self, text: Tensor, mask: Tensor | None = None) -> Encoded:
         """text [B,L] ids, mask [B,L] (None: all are real) -> tokens [B,L,D] (normed), pooled [B,D] (the last real token), mask.
@@ -97,6 +99,13 @@ class CausalLM(Tower):
     def read(self, x: Tensor, mask: Tensor | None = None, source: Tensor | None = None, source_mask: Tensor | None = None) -> Tensor:
         """Embeddings x [B,T,D], mask [B,T] -> hidden [B,T,D], normed. `source` [B,S,.] and `source_mask` [B,S] or [B,T,S] go to blocks with
         cross-attention. Raises UserError for more than `length` tokens."""
+        if self.soft is not None:
+            x, mask, back = self.soft.among(x, mask)
+            return back(self.real(x, mask, source, source_mask))
+        return self.real(x, mask, source, source_mask)
+
+    def real(self, x: Tensor, mask: Tensor | None, source: Tensor | None, source_mask: Tensor | None) -> Tensor:
+        """`read` of tokens that are all given."""
         self._fits(x.shape[1])
         seen, position = (None, torch.arange(x.shape[1], device=x.device)) if mask is None else (visible(mask), places(mask))
         return self._through(x, position, seen, None, source, source_mask)
@@ -126,6 +135,8 @@ class CausalLM(Tower):
     def start(self, x: Tensor, mask: Tensor | None = None, *, room: int, source: Tensor | None = None,
               source_mask: Tensor | None = None) -> "tuple[Tensor, CachedWriter]":
         """Reads a prompt of embeddings x [B,T,D] -> logits [B,V] of the token after it, and the writer of up to `room` more."""
+        if self.soft is not None:
+            x, mask, _ = self.soft.among(x, mask)
         b, t = x.shape[:2]
         self._fits(t + room)
         cache = self.body.cache(b, t + room)
@@ -149,11 +160,12 @@ class CausalLM(Tower):
         return self._steps[1]
 
     def _fits(self, tokens: int) -> None:
-        if tokens > self.length:
+        if tokens + self.first > self.length:
             raise UserError(f"{tokens} tokens with the prompt", f"this language model reads at most {self.length}: shorten the prompt or max_new")
 
     def _through(self, x: Tensor, position: Tensor, seen: Tensor | None, cache: Cache | None, source: Tensor | None = None,
                  source_mask: Tensor | None = None) -> Tensor:
+        position = position + self.first
         if torch.is_grad_enabled():
             self._steps = None               # the weights may change next, and fused optimisers do not count that as a new version
         if self.position is not None:
@@ -184,6 +196,7 @@ class CachedWriter:
         else:
             position, seen = self.length[:, None], self.keys[:, None, :at + 1]
             self.length = self.length + 1
+        position = position + self.lm.first
         if self.lm.position is not None:
             x = x + self.lm.position(position).to(x.dtype)
         if self.steps is not None:

@@ -11,7 +11,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from polysense.base.errors import UserError
 from polysense.base.plan import AdaptiveClip, Optim
 
-NAMES = ("adamw", "adam", "sgd", "nesterov", "lars", "lamb")
+NAMES = ("adamw", "adam", "sgd", "nesterov", "lars", "lamb", "paged_adamw")
 LAYER = re.compile(r"^(?P<tower>(?:.*?\.)??)(?P<within>body\.)?(?:blocks|stages)\.(?P<at>\d+)\.")
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
 AFTER_THE_LAYERS = ("norm.", "pool.", "head.")
@@ -92,6 +92,10 @@ def make_optimizer(system: nn.Module, optim: Optim, chosen: Callable[[str], bool
             return SGD(parts, lr=optim.lr, momentum=optim.momentum, nesterov=optim.name == "nesterov", fused=fused)
         case "lars":
             return LARS(parts, lr=optim.lr, momentum=optim.momentum)
+        case "paged_adamw":
+            from polysense.train.paged import PagedAdamW
+
+            return PagedAdamW(parts, lr=optim.lr, betas=optim.betas, eps=optim.eps)
         case "lamb":
             return LAMB(parts, lr=optim.lr, betas=optim.betas, eps=optim.eps)
     raise UserError(f"no optimiser {optim.name!r}", f"the optimisers are {', '.join(NAMES)}")

@@ -1,6 +1,7 @@
 """One run from preset to weights: starts, data, stages, checkpoints, log. A generator of events; the command line only draws them."""
 import json
 import random
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
@@ -17,27 +18,31 @@ from polysense.base.errors import UserError, need_extra
 from polysense.base.plan import Preset, Stage
 from polysense.base.system import System
 from polysense.train import checkpoint, starts
+from polysense.train.adapting import RunStart, adapted, save_adapter
 from polysense.train.events import Event, Finished, Noted, Saved, Started, Stepped
 from polysense.train.feeding import Feeding, SourceFeeding, Stream
 from polysense.train.fit import Step, fit, parameters
 from polysense.train.folder import AVERAGED, WEIGHTS, Folder, Run, load_run
 from polysense.train.parallel import World, whole_tensor, world
 from polysense.train.precision import resolve
+from polysense.train.preflight import SAMPLES, preflight
 from polysense.train.state import Training
 
 __all__ = ["Event", "Finished", "Noted", "Run", "Saved", "Started", "Stepped", "load_run", "override", "shortened", "train", "train_preset"]
 
 
 def train(system_id: str, preset: str = "tiny", *, data: str | None = None, steps: int | None = None, overrides: dict[str, Any] | None = None,
-          **options: Any) -> Iterator[Event]:
+          adapt: str | None = None, base: str | Path | None = None, **options: Any) -> Iterator[Event]:
     """Trains a system of the catalogue; iterate to the end. `options` are those of `train_preset`.
 
     data: sources joined by "+", in place of the preset's. steps: total, in place of the preset's; schedules span the new number.
-    overrides: dotted changes (see `override`). Raises UserError for anything the user can mend, `Diverged` where training broke down.
+    overrides: dotted changes (see `override`). adapt: a mechanism to train on the frozen system (see adapting.py), base: the run that it goes onto;
+    by default the preset's own, trained once. Raises UserError for anything the user can mend, `Diverged` where training broke down.
     """
     plan = override(preset_of(system_id, preset), overrides or {})
     if not issubclass(plan.config.owner, System):
         raise UserError(f"{system_id} is an agent: it has no weights to train", f'use it: polysense agent {system_id} PHOTO --ask "..."')
+    plan = adapted(system_id, preset, plan, adapt, base) if adapt else plan
     plan = plan.but(data=data) if data else plan
     plan = shortened(plan, steps) if steps is not None else plan
     yield from train_preset(system_id, plan, card_of(system_id).needs, name=preset, overrides=overrides, **options)
@@ -77,13 +82,14 @@ def shortened(preset: Preset, steps: int) -> Preset:
 def train_preset(id: str, preset: Preset, needs: Iterable[str], *, name: str = "tiny", split: str = "train", out: str | Path | None = None,
                  seed: int = 0, resume: bool = False, overrides: dict[str, Any] | None = None, device: str | None = None, parallel: str = "ddp",
                  checkpoint_every: int | None = None, log_every: int = 1, time_budget_s: float | None = None, workers: int | None = None,
-                 wandb: str | None = None, feeding: Feeding | None = None, depth: int = 0) -> Iterator[Event]:
+                 wandb: str | None = None, feeding: Feeding | None = None, depth: int = 0, preflight: bool = False) -> Iterator[Event]:
     """Trains a preset that need not be in the catalogue, into a run folder.
 
     out: the folder (`runs/<id>-<name>` with a free number by default), new or empty, or with resume=True that of the same run, which goes on
     bit-exactly from its last whole checkpoint (on one process). checkpoint_every: steps between checkpoints; by default as often as keeps
     their cost near a twentieth of the time. time_budget_s: seconds of training, shared among stages; the schedules fit into it. workers:
     decoding processes. parallel: "ddp" or "fsdp", under torchrun. wandb: project to log to. feeding: other batches than the data floor's.
+    preflight: look at a new run for a second before its first step, and refuse one that cannot learn (see preflight.py).
     """
     if wandb:
         need_extra("wandb", "wandb")
@@ -98,7 +104,7 @@ def train_preset(id: str, preset: Preset, needs: Iterable[str], *, name: str = "
         folder = Folder(here.leading(lambda: Path(out) if out else free_folder(id, name)))
         facts = {"system": id, "preset": name, "overrides": overrides or {}, "plan": preset.to_dict(), "seed": seed, "data": preset.data,
                  "split": split, "ranks": here.size}
-        here.leading(lambda: folder.claim(facts, preset, resume))
+        before = here.leading(lambda: folder.claim(facts, preset, resume))
         if folder.weights.exists():
             yield Noted(id, folder.path, f"{folder.path} is finished: nothing is left to do")
             yield Finished(id, folder.path, sum(s.steps for s in preset.stages), {}, 0.0, 0, folder.weights)
@@ -108,6 +114,13 @@ def train_preset(id: str, preset: Preset, needs: Iterable[str], *, name: str = "
             bases.append((yield from base_of(start, id, folder, depth, here, {"device": device, "parallel": parallel, "workers": workers})))
         sitting = Sitting(id, name, preset, tuple(needs), folder, seed, here, checkpoint_every, log_every, time_budget_s)
         sitting.prepare(feeding, bases)
+        if preflight and not sitting.step:
+            try:
+                yield Noted(id, folder.path, sitting.doubted())
+            except UserError:
+                if here.first and not before:            # a run that never began leaves nothing behind
+                    shutil.rmtree(folder.path, ignore_errors=True)
+                raise
         with Board(folder.path, sitting.step, here.first, wandb, facts) as sitting.board:
             yield from sitting.go()
 
@@ -115,6 +128,8 @@ def train_preset(id: str, preset: Preset, needs: Iterable[str], *, name: str = "
 def base_of(start: Any, id: str, folder: Folder, depth: int, here: World, options: dict[str, Any]) -> Iterator[Event]:
     """The run behind a Start (as the generator's return value), trained now where the cache has none; yields the events of that."""
     place = starts.place_of(start)
+    if isinstance(start, RunStart):
+        return load_run(place)
     if depth >= starts.DEEPEST:
         raise UserError(f"{id} stands on a chain of more than {starts.DEEPEST} others", "shorten its starts")
     with starts.locked(place) if here.first else nullcontext():
@@ -176,6 +191,13 @@ class Sitting:
             self.notes.append(f"the checkpoint is of {self.found.facts['ranks']} ranks, this is {self.world.size}: the run goes on, not bit for bit")
         if self.world.first:
             self.folder.cut_log(self.step)
+
+    def doubted(self) -> str:
+        """What the preflight says; a UserError of its. The stream of the run itself is opened afterwards, from its beginning."""
+        few = [s.but(batch_size=min(s.batch_size, SAMPLES)) for s in self.preset.stages]
+        return self.world.leading(lambda: preflight(self.system, [
+            (stage, self.feeding.stream(smaller, self.seed + 1009 * i, None, World(self.world.device)))
+            for i, (stage, smaller) in enumerate(zip(self.preset.stages, few))], self.needs))
 
     def go(self) -> Iterator[Event]:
         """All stages that are left, then the weights."""
@@ -262,6 +284,8 @@ class Sitting:
         def put() -> None:
             if averaged:
                 checkpoint.write_tensors(self.folder.path / AVERAGED, {**state, **averaged}, about)
+            if hasattr(self.preset.config, "adapter") and hasattr(self.preset.config, "base"):
+                save_adapter(self.folder.path, self.system, self.preset, str(starts.place_of(self.preset.starts[0])))
             checkpoint.write_tensors(self.folder.weights, state, about)
 
         self.world.leading(put)

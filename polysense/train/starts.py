@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,7 +33,9 @@ def key_of(preset: Preset, depth: int = 0) -> str:
 
 
 def place_of(start: Start) -> Path:
-    """Where the run behind a Start is cached."""
+    """Where the run behind a Start is cached, or the folder that it names."""
+    if folder := getattr(start, "folder", ""):
+        return Path(folder)
     return cache_root() / f"{start.from_}-{start.preset}-{key_of(preset_of(start.from_, start.preset), 1)}"
 
 
@@ -52,6 +55,22 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
+def taken_below(into: Any, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the layers below `into` make of weights that come without what an adapter added to them (`take_over` of each that has one)."""
+    ours = set(into.state_dict())
+    if ours == weights.keys():
+        return weights
+    for name, module in into.named_modules():
+        if name and hasattr(module, "take_over"):
+            mine = {k[len(name) + 1:]: v for k, v in weights.items() if k.startswith(f"{name}.")}
+            if mine and mine.keys() != {k[len(name) + 1:] for k in ours if k.startswith(f"{name}.")}:
+                weights = {k: v for k, v in weights.items() if not k.startswith(f"{name}.")} | {
+                    f"{name}.{k}": v for k, v in module.take_over(mine).items()}
+        elif name and name.rpartition(".")[2] in ("virtual", "soft") and not any(k.startswith(f"{name}.") for k in weights):
+            weights = weights | {f"{name}.{k}": v for k, v in module.state_dict().items()}
+    return weights
+
+
 def carry(start: Start, run: Run, system: System) -> None:
     """Copies the weights `take` of a run into the module `into` of the system; parts may adapt weights of another size (`Part.adapt`).
 
@@ -63,6 +82,7 @@ def carry(start: Start, run: Run, system: System) -> None:
                     for p, s in zip(inside, (run.system, system)))
     into = system.get_submodule(start.into) if theirs and ours and "" not in ours else system
     theirs = into.take_over(theirs) if isinstance(into, Part) and theirs else theirs
+    theirs = taken_below(into, theirs) if theirs and "" not in ours else theirs
     if not theirs or not ours:
         raise UserError(f"{said}: there is nothing called {start.into if not ours else start.take}", "look at the names of both systems")
     for name in sorted(theirs.keys() | ours.keys()):
