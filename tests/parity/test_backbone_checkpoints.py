@@ -91,6 +91,11 @@ def test_torchvision_resnet_from_a_bare_pth(tmp_path, kind, layers):
     with torch.no_grad():
         pooled = torch.nn.Sequential(*list(theirs.children())[:-1])(image).flatten(1)
         compare(outputs(ours, image, label), expected(theirs(image), pooled, label))
+        x, maps = torch.nn.Sequential(*list(theirs.children())[:4])(image), {}
+        for s in range(4):
+            x = getattr(theirs, f"layer{s + 1}")(x)
+            maps[f"stage {s}"] = x
+        compare({f"stage {s}": m for s, m in enumerate(ours.backbone.features(image))}, maps)
     back = resnet.weights["timm"].keymap(preset.config).save(ours.state_dict())
     assert all(torch.equal(v, back[k]) for k, v in theirs.state_dict().items()) and len(back) == len(theirs.state_dict())
 

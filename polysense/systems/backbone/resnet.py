@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from polysense.archetypes.classifier import Classifier
 from polysense.base.card import Card
-from polysense.base.system import Batch, Feed, ImagePlan, Losses, Optim, Preset, Spec, Stage, ViewPlan, final
+from polysense.base.system import Batch, Feed, ImagePlan, Losses, Optim, Preset, SidesPlan, Spec, Stage, ViewPlan, final
 from polysense.nn.head import LinearBias
 from polysense.nn.residual import CIFAR_STEM, Basic, Bottleneck, Pad
 from polysense.objectives.classify import softmax_ce
@@ -70,8 +70,9 @@ def _imagenet(tower: ResNet.Config) -> Preset:
 
 
 def paper() -> Preset:
-    """ResNet-50 as in table 1: stride in the first 1x1 of a stage."""
-    return _imagenet(ResNet.Config(layers=(3, 4, 6, 3), block=Bottleneck.Config(stride_in="1x1")))
+    """ResNet-50 as in table 1: stride in the first 1x1 of a stage, the shorter side drawn from 256 to 480; ten crops in tests (`ten_crops`)."""
+    made = _imagenet(ResNet.Config(layers=(3, 4, 6, 3), block=Bottleneck.Config(stride_in="1x1")))
+    return made.but(**{"feed.train_image": SidesPlan(size=224, sides=(256, 480), flip=0.5, lighting=0.1)})
 
 
 def resnet50() -> Preset:

@@ -19,12 +19,15 @@ from polysense.nn.residual import Basic, Stem
 from polysense.objectives.classify import sigmoid_ce, softmax_ce
 from polysense.towers.bit import Bit
 from polysense.towers.resnet import ResNet
+from polysense.weights import bit
 
 card = Card(
     name="Supervised pre-training", paper="Kolesnikov et al., Big Transfer (BiT): General Visual Representation Learning, ECCV 2020",
     arxiv="1912.11370", year=2020, says="Pre-trains any image tower on labels, then carries it to a small task: fine-tune, probe, k-NN, few-shot.",
     needs=("image", "label|tags"), can=("encode_image", "classify"), official="google-research/big_transfer",
 )
+
+weights = {"timm": bit.TIMM_LAYOUT, "hf": bit.HF_LAYOUT}
 
 PARAMETERS = 516_018_323                     # BiT-M R101x3 with its 21,843-class head
 
@@ -78,10 +81,10 @@ def linear() -> Preset:
 
 def paper() -> Preset:
     """BiT-M R101x3 on ImageNet-21k (section 3.3): 90 epochs of batch 4096, SGD lr 0.03 for each 256 pictures, tenfold drops."""
-    bit: Spec = Bit.Config(layers=(3, 4, 23, 3), base=3 * 64)
+    tower: Spec = Bit.Config(layers=(3, 4, 23, 3), base=3 * 64)
     epoch = 14_197_122 // 4096
     return Preset(
-        data="imagenet21k", config=Supervised.Config(backbone=bit, head=LinearBias.Config(into=6144, out=21_843, std=0.0)),
+        data="imagenet21k", config=Supervised.Config(backbone=tower, head=LinearBias.Config(into=6144, out=21_843, std=0.0)),
         feed=Feed(image=ImagePlan(size=224, mean=HALF, std=HALF), train_image=ViewPlan(size=224, scale=(0.05, 1.0), flip=0.5)),
         stages=(Stage(objective=Supervised.losses, steps=90 * epoch, batch_size=4096, optim=Optim(
             name="sgd", lr=0.03 * 4096 / 256, momentum=0.9, weight_decay=1e-4, warmup=5000, schedule="step",
