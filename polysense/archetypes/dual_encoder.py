@@ -1,4 +1,5 @@
 """Two towers, one space. Abstract: a system adds its objective and is final."""
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import log
 
@@ -76,6 +77,16 @@ class DualEncoder(System):
     def compare_labelled(self, seen: dict[str, Tensor]) -> Losses:
         """As `compare`, but samples of one label are positives of each other, those with a negative one of nobody (Yang et al. 2022, UniCL)."""
         return Losses(contrast=multi_positive(seen["image"], seen["text"], self.scale, apart(seen["label"])))
+
+    @torch.no_grad()
+    def doubts(self, batch: Batch) -> Iterator[str]:
+        """Pictures or texts that differ and are one point all the same: a tower that looks at the wrong token, or at none."""
+        self.eval()
+        for key, encode in (("image", self.encode_image), ("text", self.encode_text)):
+            if key in batch and bool((batch[key] != batch[key][:1]).any()):
+                seen = encode(batch[key])
+                if float((seen - seen[:1]).abs().max()) < 1e-6:
+                    yield f"every {key} of a batch has the same feature: does the tower pool the right token?"
 
     @torch.no_grad()
     def after_step(self, after: After) -> None:

@@ -7,13 +7,14 @@ What a recipe fills in (all of them Specs in slots; see mechanisms/mask_sampler.
   decoder   `decoder(tokens, masking)`: from the encoder's tokens to predictions for the hidden patches
   target    `target(pixels, masking)`: what they should have been, in the same arrangement; runs without a gradient
 """
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from polysense.base.system import Spec, System
+from polysense.base.system import Batch, Spec, System
 from polysense.mechanisms.mask_sampler import DropHidden
 from polysense.nn.build import build
 from polysense.nn.masking import Masking
@@ -50,6 +51,24 @@ class MaskedModel(System):
         with torch.no_grad():
             target = self.target(pixels, masking)
         return self.decoder(self.see(pixels, masking), masking), target
+
+    @torch.no_grad()
+    def doubts(self, batch: Batch) -> Iterator[str]:
+        """A mask the wrong way round, or one over everything: pixels behind it must not change what the encoder says, those in front must."""
+        self.eval()
+        for pixels in (v for k, v in batch.items() if k in ("image", "video")):
+            masking, grid = self.masking(pixels), self.encoder.grid_of(pixels)
+            covered = masking.mask.view(-1, 1, *grid)                                  # video: [B,1,t,h,w] over [B,T,3,H,W]
+            moved = pixels.transpose(1, 2) if pixels.ndim == 5 else pixels
+            hidden = F.interpolate(covered.float(), moved.shape[2:], mode="nearest") > 0.5
+            seen, noise = self.see(pixels, masking), torch.randn_like(moved)
+            behind, before = torch.where(hidden, noise, moved), torch.where(hidden, moved, noise)
+            if pixels.ndim == 5:
+                behind, before = behind.transpose(1, 2), before.transpose(1, 2)
+            if float((self.see(behind, masking) - seen).abs().max()) > 1e-4:
+                yield "what lies behind the mask changes what the encoder says: is the mask the wrong way round?"
+            elif bool(hidden.all()) or float((self.see(before, masking) - seen).abs().max()) <= 1e-4:
+                yield "what the encoder may see does not change what it says: is everything hidden?"
 
     def features(self, pixels: Tensor) -> Tensor:
         """pixels, nothing hidden -> the encoder's pooled feature [B,D], unit norm: what transfer reads."""

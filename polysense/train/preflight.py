@@ -95,6 +95,7 @@ def inspect(system: System, stage: Stage, batches: Iterable[Batch], needs: tuple
     yield from padding(system, stage, few[0])
     system.train()
     yield from ((said, "the recipe itself says so") for said in system.doubts(few[0]))
+    system.train()
     yield from overfitting(system, stage, few[0])
 
 

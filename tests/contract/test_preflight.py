@@ -33,3 +33,32 @@ def test_a_sound_recipe_passes(name: str):
     spent = time.process_time() - begun
     print(f"{name}: {said}, {spent:.2f} s of processor")
     assert spent < CPU_SECONDS * len(preset.stages), said
+
+
+def doubts(name: str, change, **overrides) -> list[str]:
+    torch.manual_seed(0)
+    preset = preset_of(name)
+    system = preset.but(**overrides).config.build()
+    change(system)
+    return list(system.doubts(fake_batch(preset, CARDS[name].needs, n=4)))
+
+
+def test_a_text_tower_that_pools_the_first_token_is_found():
+    assert doubts("clip", lambda s: None) == []
+    found = doubts("clip", lambda s: None, **{"config.text.end": 4000})
+    assert len(found) == 1 and "every text of a batch has the same feature" in found[0]
+
+
+@pytest.mark.parametrize("name", ["mae", "beit", "videomae"])
+def test_a_mask_the_wrong_way_round_is_found(name):
+    def turned(system):
+        real = system.see
+
+        def see(pixels, masking):
+            from polysense.nn.masking import masking_of
+
+            return real(pixels, masking_of(~masking.mask))
+        system.see = see
+
+    assert doubts(name, lambda s: None) == []
+    assert "wrong way round" in doubts(name, turned)[0]
