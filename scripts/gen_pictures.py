@@ -169,12 +169,21 @@ def outlined(model: Any, data: str) -> list[Row]:
             places.append(tuple(place[0].tolist()))
             labels.append(int(inside[0]))
             said = model.segment(large(sample["image"]), [(x + 0.5 / part.shape[1], y + 0.5 / part.shape[0]) for x, y in places], labels)
-            cells += [said.overlay(j) for j in range(len(said.masks) if k == 1 else 1)]
+            cells += [clicked(said.overlay(j), said.points) for j in range(len(said.masks) if k == 1 else 1)]
             under += [f"{k} click{'s' * (k > 1)}, says IoU {said.scores[j]:.2f}" for j in range(len(said.masks) if k == 1 else 1)]
             small = np.asarray(Image.fromarray(said.mask).resize(part.shape[::-1], Image.Resampling.NEAREST))
             answer = torch.from_numpy(small.copy())[None]
         rows.append(Row("three readings of one click, then clicks where it errs" if not rows else "", cells, under))
     return rows
+
+
+def clicked(picture: Picture, points: Sequence[tuple[float, float, int]], r: int = 7) -> Picture:
+    """Clicks large enough to be seen: green inside, red outside."""
+    pen = ImageDraw.Draw(picture)
+    for x, y, inside in points:
+        x, y = x * picture.width, y * picture.height
+        pen.ellipse((x - r, y - r, x + r, y + r), fill="#20c840" if inside else "#dc2020", outline="white", width=2)
+    return picture
 
 
 def boxed(model: Any, data: str) -> list[Row]:
@@ -193,7 +202,7 @@ def told(model: Any, data: str) -> list[Row]:
         part = samples[i:i + 6]
         if "chat" in " ".join(card_of(model.id).needs) or "question" in str(card_of(model.id).needs):
             asked = [s["qa"][0] for s in part]
-            under = [f"{q} — {model.ask(s['image'], q, max_new=8)} (truth: {a})" for s, (q, a) in zip(part, asked, strict=True)]
+            under = [f"{q} {model.ask(s['image'], q, max_new=8)} (truth: {a})" for s, (q, a) in zip(part, asked, strict=True)]
         else:
             under = model.caption([s["image"] for s in part], max_new=20)
         rows.append(Row("what it says of unseen pictures" if not i else "", [s["image"] for s in part], under))
