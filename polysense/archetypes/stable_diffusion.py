@@ -1,4 +1,4 @@
-"""The shapes of Stable Diffusion 1 and of its toy, for every system that stands on their weights; values, no classes."""
+"""The shapes of Stable Diffusion 1 and 2 and of their toy, for every system that stands on their weights; values, no classes."""
 from typing import Any
 
 from polysense.archetypes.denoiser import Sampler
@@ -11,15 +11,18 @@ from polysense.towers.clip import body, tiny_pair
 from polysense.towers.clip_text import ClipText
 
 PARAMETERS = 859_520_964 + 83_653_863 + 123_060_480          # of version 1: U-Net, auto-encoder, CLIP's text tower
+PARAMETERS_2 = 865_910_724 + 83_653_863 + 340_387_840        # of version 2
 WORDS, TINY_WORDS = TextPlan(vocab=49408, length=77), TextPlan(vocab=4096, length=48)
 
 
 def unet(widths: tuple[int, ...], seeing: tuple[int, ...], source: int, *, channels: int = 4, depth: int = 2, heads: int = 8,
-         groups: int = 32) -> UNet.Config:
-    """A U-Net that reads a context of width `source` at the levels `seeing` and in the middle."""
-    attn = SpatialTransformer.Config(heads=heads, source=source, norm=GroupNorm.Config(groups=groups, eps=1e-6))
-    return UNet.Config(levels=tuple(Level(width=w, depth=depth, attn=attn if i in seeing else None) for i, w in enumerate(widths)), mid=attn,
-                       channels=channels, block=ResBlock.Config(norm=GroupNorm.Config(groups=groups, eps=1e-5)))
+         groups: int = 32, head_width: int = 0, join: str = "conv") -> UNet.Config:
+    """A U-Net that reads a context of width `source` at the levels `seeing` and in the middle. head_width: in place of a number of heads."""
+    def attn(width: int) -> SpatialTransformer.Config:
+        return SpatialTransformer.Config(heads=width // head_width if head_width else heads, source=source, join=join,
+                                         norm=GroupNorm.Config(groups=groups, eps=1e-6))
+    return UNet.Config(levels=tuple(Level(width=w, depth=depth, attn=attn(w) if i in seeing else None) for i, w in enumerate(widths)),
+                       mid=attn(widths[-1]), channels=channels, block=ResBlock.Config(norm=GroupNorm.Config(groups=groups, eps=1e-5)))
 
 
 def tiny_base(**change: Any) -> dict[str, Any]:
@@ -35,6 +38,13 @@ def version_1(**change: Any) -> dict[str, Any]:
     return {"vae": KLVAE.Config(widths=(128, 256, 512, 512)), "unet": unet((320, 640, 1280, 1280), (0, 1, 2), 768),
             "text": ClipText.Config(vocab=49408, length=77, body=body(768, 12, 12)), "size": 512, "scale": 0.18215, "schedule": "scaled_linear",
             "low": 8.5e-4, "high": 0.012, "clip": None, "sampler": Sampler(name="plms", offset=1, last="first"), **change}
+
+
+def version_2(**change: Any) -> dict[str, Any]:
+    """The same of Stable Diffusion 2: 768 px, the U-Net says the velocity, and reads OpenCLIP ViT-H's words behind all of its blocks but the last."""
+    return {**version_1(), "unet": unet((320, 640, 1280, 1280), (0, 1, 2), 1024, head_width=64, join="linear"), "size": 768, "predict": "velocity",
+            "text": ClipText.Config(vocab=49408, length=77, body=body(1024, 23, 16, act="gelu")), "pad": 0,
+            "sampler": Sampler(name="ddim", offset=1, last="first"), **change}
 
 
 def pictures(size: int, words: TextPlan, flip: float = 0.0) -> Feed:

@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from polysense.base.errors import UserError
+from polysense.base.plan import WordsPlan
 from polysense.data.images import ENDINGS
-from polysense.data.sources import ListSource
+from polysense.data.sources import ListSource, Source
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "object": ("a photo of a {}", "a rendering of a {}", "a cropped photo of the {}", "a picture of the {}", "a photo of one {}",
@@ -36,3 +37,27 @@ def concept(pictures: str | Path | Sequence[Any], word: str, kind: str | Sequenc
         raise UserError(f"the template {absent[0]!r} has no place for the word", "write {} there")
     return ListSource(f"concept {word}", [{"id": str(i), "image": x, "captions": [t.format(word) for t in templates]} for i, x in enumerate(items)],
                       ("image", "text"))
+
+
+class Called(ListSource):
+    """The pictures of a source under neutral captions that name them by a new word, over and over until there are `least`."""
+
+    def __init__(self, base: Source, word: str, least: int, kind: str = "object"):
+        n = len(base)
+        captions = [t.format(word) for t in TEMPLATES[kind]]
+        super().__init__(base.name, [{"id": base.id(i % n), "captions": captions} for i in range(n * -(-least // n))], ("image", "text"))
+        self.base = base
+
+    def heavy(self, i: int) -> tuple[str, ...]:
+        return ("image",)
+
+    def _load(self, i: int, key: str) -> object:
+        return self.base.load(i % len(self.base), key)
+
+
+def called(source: Any, plan: WordsPlan, least: int) -> Any:
+    """The source itself where its captions have a new word of the plan (or where it is a stream), else its pictures called by the first one."""
+    if not hasattr(source, "__len__") or not len(source):
+        return source
+    said = " ".join(c for i in range(min(len(source), 100)) for c in source.about(i).get("captions", ()))
+    return source if any(word in said for word, _ in plan.new) else Called(source, plan.new[0][0], least)

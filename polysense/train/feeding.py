@@ -8,7 +8,7 @@ import torch
 
 from polysense.base.batch import Batch
 from polysense.base.errors import UserError
-from polysense.base.plan import Preset, Stage
+from polysense.base.plan import Preset, Stage, WordsPlan
 from polysense.base.spec import Spec
 from polysense.train.parallel import World
 
@@ -53,6 +53,10 @@ class SourceFeeding:
 
         self.preset, self.needs, self.workers, self.tokenizer = preset, tuple(needs), workers, None
         self.source = source(preset.data, split=split)
+        if isinstance(preset.feed.text, WordsPlan):          # a new word is learned from pictures alone: few, and none names it
+            from polysense.data.concept import called
+
+            self.source = called(self.source, preset.feed.text, max((s.batch_size for s in preset.stages), default=0))
         self.name, self.size = self.source.name, len(self.source) if hasattr(self.source, "__len__") else None
         self.keys = check_needs(self.needs, self.source.offers, preset.feed, self.name, True)
         if self.size == 0:

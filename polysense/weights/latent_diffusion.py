@@ -3,7 +3,7 @@ from typing import Any
 
 from polysense.base.errors import UserError
 from polysense.base.spec import from_dict
-from polysense.weights import clip_hf, kl_vae, unet_compvis, unet_diffusers
+from polysense.weights import clip_hf, clip_openai, kl_vae, unet_compvis, unet_diffusers
 from polysense.weights.keymap import KeyMap, State, rename
 from polysense.weights.layout import Layout
 from polysense.weights.sizes import Dict, act_name, body_of, count, image_feed, size, within
@@ -26,9 +26,16 @@ def diffusers_map(config: Any) -> KeyMap:
             + KeyMap((), own=OWN))
 
 
+def open_clip_map(depth: int) -> KeyMap:
+    """Stable Diffusion 2's words in the original files: OpenCLIP's whole text tower, whose last block and head nobody reads. They are not written."""
+    return clip_openai.TEXT.at("cond_stage_model.model", "text") + KeyMap((), drop=(
+        rf"cond_stage_model\.model\.(transformer\.resblocks\.{depth}\..*|text_projection|logit_scale)",))
+
+
 def original_map(config: Any) -> KeyMap:
+    words = text_map("cond_stage_model.transformer") if config.pad is None else open_clip_map(config.text.body.depth)
     return (unet_compvis.keymap(config.unet).at("model.diffusion_model", "unet") + kl_vae.original(config.vae).at("first_stage_model", "vae")
-            + text_map("cond_stage_model.transformer")
+            + words
             + KeyMap((), drop=(*SCHEDULE, r"first_stage_model\.loss\..*", r"cond_stage_model\.transformer\.(text_model\.)?embeddings\.position_ids"),
                      own=OWN))
 
@@ -55,10 +62,11 @@ def read_diffusers(config: Dict, state: State) -> tuple[str, Dict]:
         raise UserError(f"the text encoder has the activation {t['hidden_act']!r}", f"read are {', '.join(acts)}")
     text = text_spec(t["vocab_size"], t["max_position_embeddings"], t["hidden_size"], t["num_hidden_layers"], t["num_attention_heads"],
                      t["intermediate_size"], acts[t["hidden_act"]], t["layer_norm_eps"], end)
-    pixels = square(within(config, "unet")) * vae.stride
+    pixels, pad = square(within(config, "unet")) * vae.stride, pad_of(config, end)
     return "paper", {"config.unet": unet, "config.vae": vae, "config.text": text, "config.size": pixels,
-                     "config.scale": float(within(config, "vae").get("scaling_factor", 0.18215)), "config.pad": pad_of(config, end),
-                     "feed.text.vocab": t["vocab_size"], "feed.text.length": t["max_position_embeddings"],
+                     "config.scale": float(within(config, "vae").get("scaling_factor", 0.18215)), "config.pad": pad,
+                     "feed.text.pad": "end" if pad is None else "zero", "feed.text.vocab": t["vocab_size"],
+                     "feed.text.length": t["max_position_embeddings"],
                      **image_feed(pixels), **read_schedule(within(config, "scheduler"))}
 
 
@@ -109,27 +117,35 @@ def transformer(state: State, at: str, width: int, heads: int) -> Dict:
 
 
 def read_original(config: Dict, state: State) -> tuple[str, Dict]:
-    """(preset, overrides) of a Stable Diffusion 1 `.ckpt`: sizes from the shapes, the rest is the paper preset's."""
+    """(preset, overrides) of a Stable Diffusion `.ckpt`: sizes from the shapes, the rest is that of the preset `paper` (1) or `version2`."""
     def below(prefix: str) -> State:
         return {k.removeprefix(f"{prefix}."): v for k, v in state.items() if k.startswith(f"{prefix}.")}
 
-    unet, vae, said = below("model.diffusion_model"), below("first_stage_model"), below("cond_stage_model.transformer")
-    if not said:
-        raise UserError("the text encoder of this file is not CLIP's as transformers names it",
-                        "Stable Diffusion 1 is read; 2 from its diffusers folder")
+    unet, vae = below("model.diffusion_model"), below("first_stage_model")
+    said, second = below("cond_stage_model.transformer"), below("cond_stage_model.model")
+    if not said and not second:
+        raise UserError("the text encoder of this file is neither CLIP's as transformers names it nor OpenCLIP's",
+                        "Stable Diffusion 1 and 2 are read")
     for part in TEXT_PARTS:
         said = {rename(k, f"text_model.{part}.{{rest}}", f"{part}.{{rest}}"): v for k, v in said.items()}
-    width, middle = size(said, "embeddings.token_embedding.weight", 1), "middle_block.1"
-    out = size(unet, "out.2.weight")
-    text = text_spec(size(said, "embeddings.token_embedding.weight"), size(said, "embeddings.position_embedding.weight"), width,
-                     count(said, "encoder.layers"), max(1, width // 64), size(said, "encoder.layers.0.mlp.fc1.weight"), "quick_gelu", 1e-5, None)
+    middle, out = "middle_block.1", size(unet, "out.2.weight")
+    if second:
+        vocab, width = size(second, "token_embedding.weight"), size(second, "token_embedding.weight", 1)
+        length, depth = size(second, "positional_embedding"), count(second, "transformer.resblocks") - 1
+        hidden, act = size(second, "transformer.resblocks.0.mlp.c_fc.weight"), "gelu"
+    else:
+        vocab, width = size(said, "embeddings.token_embedding.weight"), size(said, "embeddings.token_embedding.weight", 1)
+        length, depth = size(said, "embeddings.position_embedding.weight"), count(said, "encoder.layers")
+        hidden, act = size(said, "encoder.layers.0.mlp.fc1.weight"), "quick_gelu"
+    text = text_spec(vocab, length, width, depth, max(1, width // 64), hidden, act, 1e-5, None)
     found, channels = levels(unet, 8), size(unet, "input_blocks.0.0.weight", 1)
     net = from_dict({"is": "polysense.nn.unet:UNet.Config", "levels": found, "channels": channels, "out": 0 if out == channels else out,
                      "mid": transformer(unet, middle, found[-1]["width"], 8), "block": {"is": "polysense.nn.spatial:ResBlock.Config",
                                                                                         "norm": norm(32, 1e-5)}})
     scale: Dict = {"config.scale": float(state["scale_factor"])} if "scale_factor" in state else {}
-    return "paper", {"config.unet": net, "config.vae": kl_vae.from_original(vae), "config.text": text, "feed.text.vocab": text.vocab,
-                     "feed.text.length": text.length, **scale}
+    return "version2" if second else "paper", {
+        "config.unet": net, "config.vae": kl_vae.from_original(vae), "config.text": text, "feed.text.vocab": text.vocab,
+        "feed.text.length": text.length, **scale}
 
 
 DIFFUSERS = Layout(of="latent_diffusion", name="diffusers", keymap=diffusers_map, read=read_diffusers, write=write_diffusers,

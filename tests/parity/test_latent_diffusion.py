@@ -5,6 +5,8 @@ import pytest
 import torch
 from reference import reference, shake
 
+from polysense.archetypes.stable_diffusion import PARAMETERS_2
+from polysense.archetypes.stable_diffusion import unet as unet_of
 from polysense.base.catalogue import preset_of
 from polysense.base.errors import UserError
 from polysense.systems.generate import latent_diffusion as recipe
@@ -109,6 +111,76 @@ def test_the_original_layout_holds_the_same_system(published, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(again.text.state_dict().values(), ours.text.state_dict().values(), strict=True))
     write_checkpoint(tmp_path / "mine.ckpt", {}, old, recipe.weights["original"])
     assert torch.load(tmp_path / "mine.ckpt", weights_only=True).keys() == old.keys()
+
+
+@torch.no_grad()
+def test_version_2_says_the_velocity_and_pads_with_zero(tmp_path):
+    """A context of 1024, heads of one width, linear joins, GELU, v as target: a pipeline of version 2 in three steps, and back."""
+    diffusers, hf = reference("diffusers"), reference("transformers")
+    torch.manual_seed(0)
+    unet = shake(diffusers.UNet2DConditionModel(
+        sample_size=8, block_out_channels=(64, 128), layers_per_block=1, cross_attention_dim=1024, attention_head_dim=(1, 2),
+        use_linear_projection=True, in_channels=4, out_channels=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D")))
+    vae = shake(diffusers.AutoencoderKL(
+        block_out_channels=(32, 32), layers_per_block=1, latent_channels=4, sample_size=16, scaling_factor=0.5,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2))
+    text = shake(hf.CLIPTextModel(hf.CLIPTextConfig(
+        vocab_size=VOCAB, hidden_size=1024, intermediate_size=64, num_hidden_layers=1, num_attention_heads=16, max_position_embeddings=LENGTH,
+        hidden_act="gelu", eos_token_id=END, bos_token_id=1, pad_token_id=0)))
+    scheduler = diffusers.DDIMScheduler(beta_start=8.5e-4, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
+                                        steps_offset=1, prediction_type="v_prediction")
+    for name, part in (("unet", unet), ("vae", vae), ("text_encoder", text), ("scheduler", scheduler)):
+        part.save_pretrained(tmp_path / "two" / name)
+    (tmp_path / "two" / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    ours, preset = import_(tmp_path / "two", recipe.weights["diffusers"], presets)
+    ours.sampler = ours.sampler.but(name="ddim")
+    assert preset.config.predict == "velocity" and preset.config.pad == 0 and preset.feed.text.pad == "zero"
+    ids, noise, nothing = caption(), torch.randn(2, 4, 8, 8), torch.tensor([[1, END]] * 2)
+    whole = [torch.nn.functional.pad(x, (0, LENGTH - x.shape[1])) for x in (nothing, ids)]
+    context = torch.cat([text(x).last_hidden_state for x in whole])
+    scheduler.set_timesteps(3)
+    z = noise
+    for t in scheduler.timesteps:
+        free, given = unet(torch.cat([z, z]), t, context).sample.chunk(2)
+        z = scheduler.step(free + 3.0 * (given - free), t, z).prev_sample
+    got = ours.generate_image(ids, steps=3, guidance=torch.tensor(3.0), noise=noise)
+    torch.testing.assert_close(got, vae.decode(z / 0.5).sample, rtol=0, atol=1e-4)
+    export(ours.state_dict(), preset.config, recipe.weights["diffusers"], tmp_path / "back", preset.feed)
+    assert import_(tmp_path / "back", recipe.weights["diffusers"], presets)[1].config == preset.config
+
+
+@torch.no_grad()
+def test_version_2_in_one_file_reads_open_clip_but_its_last_block(published, tmp_path):
+    open_clip = reference("open_clip")
+    torch.manual_seed(0)
+    clip = shake(open_clip.CLIP(embed_dim=8, vision_cfg={"layers": 1, "width": 64, "image_size": 8, "patch_size": 8}, text_cfg={
+        "context_length": LENGTH, "vocab_size": VOCAB, "width": 64, "heads": 1, "layers": 3}))
+    other = preset_of("latent_diffusion", "version2")
+    base = import_(published[0], recipe.weights["diffusers"], presets)[1].config
+    config = other.config.but(vae=base.vae, size=16, scale=0.5, unet=unet_of((64, 128), (0,), 64, depth=1, head_width=64, join="linear"),
+                              text=other.config.text.but(vocab=VOCAB, length=LENGTH, body=other.config.text.body.but(width=64, depth=2, heads=1)))
+    made = shake(config.build())
+    theirs = {k: v for k, v in clip.state_dict().items() if not k.startswith("visual.")}
+    old = layouts.original_map(config).save(made.state_dict())
+    old = {k: v for k, v in old.items() if "cond_stage" not in k} | {f"cond_stage_model.model.{k}": v for k, v in theirs.items()}
+    torch.save({"state_dict": old}, tmp_path / "two.ckpt")
+    ours, preset = import_(tmp_path / "two.ckpt", recipe.weights["original"], presets)
+    body = preset.config.text.body
+    assert preset.config.predict == "velocity" and preset.config.pad == 0 and (body.depth, body.heads, body.block.mlp.act) == (2, 1, "gelu")
+    ids = caption()
+    x = clip.token_embedding(ours.whole(ids)) + clip.positional_embedding
+    for block in clip.transformer.resblocks[:-1]:
+        x = block(x, attn_mask=clip.attn_mask)
+    torch.testing.assert_close(ours.context(ids), clip.ln_final(x), rtol=0, atol=1e-4)
+    again = layouts.original_map(preset.config).save(ours.state_dict())
+    assert all(torch.equal(again[k], old[k]) for k in again) and {k.split(".")[4] for k in old.keys() - again.keys() if "resblocks" in k} == {"2"}
+
+
+def test_version_2_has_the_published_size():
+    with torch.device("meta"):
+        made = preset_of("latent_diffusion", "version2").config.build()
+    assert sum(p.numel() for p in (*made.unet.parameters(), *made.vae.parameters(), *made.text.parameters())) == PARAMETERS_2
 
 
 @pytest.mark.parametrize("harm, said", [

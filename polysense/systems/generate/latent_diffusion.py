@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from polysense.archetypes.latent_diffusion import LatentDiffusion
-from polysense.archetypes.stable_diffusion import PARAMETERS, TINY_WORDS, WORDS, pictures, tiny_base, version_1
+from polysense.archetypes.stable_diffusion import PARAMETERS, TINY_WORDS, WORDS, pictures, tiny_base, version_1, version_2
 from polysense.base.card import Card
 from polysense.base.errors import UserError
 from polysense.base.system import After, Batch, Losses, Optim, Preset, Spec, Stage, Start, final
@@ -126,6 +126,15 @@ def paper() -> Preset:
         starts=(Start(into="text", from_="clip", take="text", preset="paper"),),
         stages=(Stage(name="denoise", objective=StableDiffusion.losses, trainable=("unet.*",), steps=225_000, batch_size=2048, ema=0.9999,
                       optim=Optim(lr=1e-4, weight_decay=0.01, schedule="constant", warmup=10_000)),))
+
+
+def version2() -> Preset:
+    """Stable Diffusion 2: 290,000 steps at 768 px with velocities as target, on the base at 512 px (its model card). Released beside it are bases
+    that say the noise: for those set config.predict="noise" and config.size=512. The words' tower, OpenCLIP ViT-H without its last block and
+    head, comes with the released files."""
+    base = paper()
+    return base.but(data="laion_5b", config=StableDiffusion.Config(**version_2()), starts=(), feed=pictures(768, WORDS.but(pad="zero"), flip=0.5),
+                    stages=(base.stages[0].but(steps=290_000),))
 
 
 def autoencoder() -> Preset:
