@@ -11,7 +11,7 @@ WORD = WordsPlan(vocab=100, length=12, new=(("<it>", 1),))
 def test_pictures_without_the_word_get_it_and_fill_a_batch():
     few = source("scenes:single?style=plain&size=32&n=5")
     made = called(few, WORD, 16)
-    assert len(made) == 20 and made.offers == ("image", "text")
+    assert len(made) == 20 and {"image", "text"} <= set(made.offers)
     assert made[7]["captions"] == [t.format("<it>") for t in TEMPLATES["object"]]
     assert all(np.array_equal(np.asarray(made[i]["image"]), np.asarray(few[i % 5]["image"])) for i in (0, 4, 5, 19))
 
