@@ -18,7 +18,7 @@ MARK = "<!-- written by scripts/gen_docs.py (make docs): edit the source, not th
 
 
 def main() -> int:
-    pages = command_pages() | {"catalogue.md": catalogue_page()} | system_pages()
+    pages = command_pages() | {"catalogue.md": catalogue_page(), "speed.md": speed_page()} | system_pages()
     for folder in ("commands", "systems"):
         (DOCS / folder).mkdir(exist_ok=True)
         for old in (DOCS / folder).glob("*.md"):
@@ -215,6 +215,38 @@ def proof_section(id: str) -> list[str]:
             f"In the mean over seeds it {verdict}. Gains with their 95 % intervals over seeds: {'; '.join(gains)}.", "",
             f"Commit `{filed['commit']}`, {filed['machine']['processor']}, {filed['seconds']:.0f} s. Again: `polysense prove {id}`. "
             f"Further measurements are in the notes of `docs/proofs/{id}.json`."]
+
+
+# -- speed --------------------------------------------------------------------------------------------------------------------------------
+
+def speed_page() -> str:
+    """What every bench says of itself and what its filed run measured."""
+    out = [MARK, "# Speed", "", "Measured as ratios in one run: the same weights or shapes, the same precision, arms in turns on one machine. "
+           "Each section is one script of `bench/`; a goal that was missed stays here as missed. The load is how much wanted to run on the machine: "
+           "above its number of cores the seconds are too long and the ratios rough.", ""]
+    for path in sorted((DOCS / "proofs").glob("bench_*.json")):
+        script = DOCS.parent / "bench" / f"{path.stem.removeprefix('bench_')}.py"
+        filed, words = json.loads(path.read_text(encoding="utf-8")), ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or ""
+        where, load = filed["machine"], filed.get("load")
+        told = f"Commit `{filed['commit']}`, {where['processor']}, {where['threads']} of {where['cores']} cores"
+        told += "." if load is None else f", load {load:.1f}."
+        out += [f"## {script.stem.replace('_', ' ')}", "", prose(words), "", *numbers(filed), told, ""]
+    return "\n".join(out)
+
+
+def numbers(filed: dict[str, Any]) -> list[str]:
+    """Goals, ratios and seconds of a bench as tables; the older forms without them show their plain numbers."""
+    out = []
+    if filed.get("goals"):
+        limit = lambda g: " and ".join(f"at {k} {g[k]:g}" for k in ("least", "most") if k in g)
+        verdict = {True: "reached", False: "**missed**"}
+        rows = [f"| {cell(k)} | {limit(g)} | {g['measured']:.3g} | {verdict[g['reached']]} |" for k, g in filed["goals"].items()]
+        out += ["| goal | | measured | |", "|---|---|---|---|", *rows, ""]
+    plain = {k: v for k, v in filed.items() if isinstance(v, float) and k != "load"}
+    for title, values in (("ratio", filed.get("ratios") or plain), ("seconds", filed.get("seconds"))):
+        if isinstance(values, dict):
+            out += [f"| {title} | |", "|---|---|", *(f"| {cell(k)} | {v:.3g} |" for k, v in values.items()), ""]
+    return out
 
 
 if __name__ == "__main__":

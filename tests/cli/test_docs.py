@@ -64,6 +64,17 @@ def test_every_system_has_a_page_that_says_what_its_recipe_says(generator):
         assert not filed.exists() or json.loads(filed.read_text())["commit"] in page
 
 
+def test_the_speed_page_shows_every_filed_bench(generator):
+    page, written = generator.speed_page(), (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
+    for path in (ROOT / "docs" / "proofs").glob("bench_*.json"):
+        filed = json.loads(path.read_text(encoding="utf-8"))
+        title = path.stem.removeprefix("bench_").replace("_", " ")
+        assert f"Commit `{filed['commit']}`" in page and f"## {title}" in written, "run: make docs"
+        for goal in filed.get("goals", {}).values():
+            assert f"| {goal['measured']:.3g} | {'reached' if goal['reached'] else '**missed**'} |" in page
+        assert all(f"| {value:.3g} |" in page for value in filed.get("ratios", {}).values())
+
+
 def lines():
     for path in PROSE:
         for block in re.findall(r"```bash\n(.*?)```", path.read_text(encoding="utf-8"), re.S):
