@@ -4,6 +4,9 @@ The eye is trained on the shapes' labels and frozen, its features are computed o
 words get names in the same way ("circle" "dax" "star" "wug" "circle" ...), and is frozen too: resampler and gated layers learn to put into
 a picture's place what the language model can bind. Compared with fewer shots of the same system, with gates open at birth, and with tokens
 that look at all pictures before them. Pictures of the score are of the test split; sizes were chosen on the validation split.
+
+Not filed: on a first seed all arms stayed at chance between the two names. The language model does bind words in text (without error after half
+of its steps). In trials with features that tell the shapes apart, too, the gates hardly opened in so few steps.
 """
 from collections.abc import Iterator
 

@@ -8,12 +8,14 @@ from torch import Tensor
 
 from polysense.base.batch import Batch
 from polysense.base.system import Part, Preset, Spec, System
+from polysense.data import source
 from polysense.data.chat import Chat
 from polysense.data.loader import Loader
 from polysense.data.sources import Source
+from polysense.nn.head import LinearBias
 from polysense.pipeline import Pipeline
 from polysense.proofs.arms import train_arm
-from polysense.systems.align import clip
+from polysense.systems.backbone import supervised
 from polysense.towers.causal_lm import llama
 
 
@@ -31,17 +33,20 @@ class Features(Part):
         return image.flatten(2).mT
 
 
-def sight(source: Source, seed: int, steps: int, size: int = 64) -> Any:
-    """A picture tower trained as clip's tiny preset on the captions of a source, at `size` pixels."""
-    plan = clip.tiny().but(data=source.name, **{
-        "stages.0.steps": steps, "stages.0.batch_size": 64, "stages.0.optim.warmup": steps // 10, "feed.image.size": size,
-        "feed.train_image.size": size, "config.vision.image_size": size})
-    return train_arm("clip", plan, source, needs=("image", "text"), seed=seed).subject.system.vision
+def sight(seed: int, steps: int, size: int = 32) -> Any:
+    """An eye for scenes of one thing: a small ResNet that learned to name colour and shape of plain pictures, read at `size` pixels."""
+    data = source(f"scenes:combos?shapes=circle,cross&colours=6&style=plain&size=32&n=1500&seed={seed}")
+    plan = supervised.tiny().but(**{"feed.image.size": size, "feed.train_image": None, "config.head": LinearBias.Config(into=192, out=12),
+                                    "stages.0.steps": steps, "stages.0.batch_size": 64, "stages.0.optim.warmup": steps // 10})
+    whole = next(iter(Loader(data, plan.feed, None, batch_size=len(data), train=False, needs=("image", "label"))))
+    g = torch.Generator().manual_seed(seed)
+    batches = ({k: v[rows] for k, v in whole.items()} for rows in (torch.randint(len(data), (64,), generator=g) for _ in range(steps)))
+    return train_arm("supervised", plan, data, needs=("image", "label"), seed=seed, batches=batches).subject.system.backbone
 
 
-def shown(eye: Any, source: Source, size: int = 64) -> Tensor:
+def shown(eye: Any, source: Source, size: int = 32) -> Tensor:
     """Features of the places of all pictures of a source, [N,C,h,w]."""
-    plan = clip.tiny().feed.but(**{"image.size": size, "train_image": None, "text": None})
+    plan = supervised.tiny().feed.but(**{"image.size": size, "train_image": None})
     with torch.inference_mode():
         made = [eye.dense(b["image"]).permute(0, 3, 1, 2) for b in Loader(source, plan, None, batch_size=200, train=False, needs=("image",))]
     return torch.cat(made).clone()
@@ -85,10 +90,10 @@ def carried(weights: dict[str, Tensor], into: str = "") -> Any:
 
 
 def small(plan: Preset) -> Preset:
-    """The preset with features for an eye, a language model of 3 layers x 128 and two turns a conversation: what a proof's minutes allow."""
-    return plan.but(**{"config.vision": Features.Config(width=192), "config.language": llama(vocab=1008, length=128, width=128, depth=3, heads=4,
-                                                                                             hidden=352),
-                       "config.connector.out": 128, "feed.text.turns": 2, "feed.text.length": 96})
+    """The preset with features for an eye, a language model of 2 layers x 96 and two turns a conversation: what a proof's minutes allow."""
+    return plan.but(**{"config.vision": Features.Config(width=192), "config.language": llama(vocab=1008, length=128, width=96, depth=2, heads=4,
+                                                                                             hidden=256),
+                       "config.connector.out": 96, "feed.text.turns": 2, "feed.text.length": 96})
 
 
 def staged(plan: Preset, steps: dict[str, int], batch_size: int) -> Preset:
