@@ -42,8 +42,8 @@ def plan(compress: int, denoise: int) -> Preset:
                              unet=unet((32, 64), (1,), 64, depth=1, heads=4, groups=16), text=text)
     return base.but(config=config, starts=()).but(**{
         "feed.text": TextPlan(vocab=512, length=16), "stages.0.steps": compress, "stages.0.batch_size": 16, "stages.0.optim.lr": 4e-3,
-        "stages.1.steps": denoise,
-        "stages.1.batch_size": 48, "stages.1.trainable": ("unet.*", "text.*"), "stages.1.ema": 0.98, "stages.1.optim.lr": 2e-3})
+        "stages.1.steps": denoise, "stages.1.batch_size": 48,
+        "stages.1.trainable": ("unet.*", "text.*"), "stages.1.ema": 0.98, "stages.1.optim.lr": 2e-3})
 
 
 @final

@@ -1,8 +1,9 @@
 """Novel views (Mildenhall et al. 2020, section 6.1): PSNR and SSIM of rendered against true pictures, and the error of distances where the data
 know them. SSIM (Wang et al. 2004) has windows of 11 pixels, smaller in smaller pictures.
 
-LPIPS is left out: every package of it fetches the weights of its network from elsewhere.
+LPIPS is measured where its network is handed in: a `decoders.perceptual.Perceptual` with published weights (`weights.lpips.load_perceptual`).
 """
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,9 @@ from polysense.tasks.encode import Progress, frozen, name_of
 from polysense.tasks.result import Result, mean_of, metric
 
 
-def run(subject: Any, test: Any, *, seed: int = 0, progress: Progress | None = None) -> Result:
-    """Means over the views of a source of rays (`cameras`: the whole pictures)."""
+def run(subject: Any, test: Any, *, seed: int = 0, distance: Callable[[Tensor, Tensor], Tensor] | None = None,
+        progress: Progress | None = None) -> Result:
+    """Means over the views of a source of rays (`cameras`: the whole pictures). distance: of two pictures [1,3,H,W] in [-1,1] -> [1]: lpips."""
     cameras = getattr(test, "cameras", None)
     if cameras is None:
         raise UserError(f"{test.name!r} offers rays, but no whole views", "use a source of posed views, such as solids")
@@ -28,6 +30,8 @@ def run(subject: Any, test: Any, *, seed: int = 0, progress: Progress | None = N
             colour = colour.cpu().clamp(0, 1).view_as(truth)
             found["psnr"].append(psnr(colour, truth))
             found["ssim"].append(ssim(colour, truth))
+            if distance is not None:
+                found.setdefault("lpips", []).append(float(distance(*(x.permute(2, 0, 1)[None] * 2 - 1 for x in (colour, truth)))))
             if cameras.depth is not None and depth is not None:
                 known = torch.from_numpy(cameras.depth[v]).flatten()
                 hit = known.isfinite()
