@@ -1,4 +1,5 @@
 """CLIP as transformers' CLIPModel publishes it. TEXT and VISION are the bare towers, for systems that stand on one of them."""
+from dataclasses import replace
 from math import log
 from typing import Any
 
@@ -97,6 +98,18 @@ def _part(of: Dict) -> Dict:
 def feed(of: Feed) -> Dict:
     """`preprocessor_config.json`."""
     return to_hf_feed(of, "CLIPImageProcessor")
+
+
+def layout(of: str, preset: str, own: tuple[str, ...] = (), dim: str = "") -> Layout:
+    """The same for another system whose released part is a CLIPModel; `preset` is its own of that form, `own` what the files do not hold, `dim` a
+    field of its configuration that repeats the size of the joint space."""
+    def read_own(config: Dict, state: State) -> tuple[str, Dict]:
+        overrides = read(config, state)[1]
+        return preset, overrides | ({dim: overrides["config.image_head.out"]} if dim else {})
+
+    def keymap_own(config: Any) -> KeyMap:
+        return keymap(config) + KeyMap((), own=own)
+    return replace(LAYOUT, of=of, keymap=keymap_own, read=read_own)
 
 
 LAYOUT = Layout(of="clip", name="hf", keymap=keymap, read=read, write=write, feed=feed, beside=("preprocessor_config.json",))

@@ -9,6 +9,7 @@ SIGNS: dict[tuple[str, str], str] = {
     ("flip", "open_clip"): r"visual\.conv1\.weight",
     ("unicl", "official"): r"image_encoder\.layers\.0\.blocks\.0\.attn\.relative_position_bias_table",
     ("klite", "official"): r"image_encoder\.layers\.0\.blocks\.0\.attn\.relative_position_bias_table",
+    ("mofi", "hf"): r"vision_model\.embeddings\.patch_embedding\.weight",
     ("declip", "official"): r"encode_text\.text_projection\.weight",
     ("dual_triplet", "official"): r"txt_enc\.rnn\.weight_ih_l0",
     ("slip", "official"): r"image_mlp\.layer1\.weight",

@@ -1,0 +1,86 @@
+"""From alt-text to entity labels: which things of a knowledge base a text names, and which of them its picture shows.
+
+A text is searched for names; each name may stand for several entities (a jaguar is a cat and a car); a score of picture and text, such as a CLIP's
+cosine with "name, description", decides which are meant and drops what the picture does not show. What score is used is the caller's affair.
+"""
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from polysense.base.errors import UserError
+from polysense.data.knowledge import WORD, lemmas
+from polysense.data.retold import NO_LABEL, Retold
+from polysense.data.sources import Sample, Source
+
+Score = Callable[[int, Sequence[str]], Sequence[float]]             # (sample, texts) -> how well each fits its picture
+
+
+@dataclass(frozen=True)
+class Entity:
+    """One thing: its id in the knowledge base, its name, and what is said of it."""
+    id: str
+    name: str
+    description: str = ""
+
+    @property
+    def text(self) -> str:
+        """The name with what tells it from its namesakes."""
+        return f"{self.name}, {self.description}" if self.description else self.name
+
+
+class EntityBase:
+    """Entities by the words of their names."""
+
+    def __init__(self, entities: Iterable[Entity]):
+        self.entities = tuple(entities)
+        self.named: dict[tuple[str, ...], list[int]] = defaultdict(list)
+        for i, e in enumerate(self.entities):
+            self.named[tuple(WORD.findall(e.name.lower()))].append(i)
+        if not self.entities or len({e.id for e in self.entities}) < len(self.entities):
+            raise UserError("a knowledge base needs entities, each with an id of its own", "check the file")
+        self.longest = max(map(len, self.named))
+
+    def mentioned(self, text: str) -> list[list[int]]:
+        """For each name found in a text, from left to right, the entities it may stand for. The longest name counts; plurals are read."""
+        words, out, at = WORD.findall(text.lower()), list[list[int]](), 0
+        while at < len(words):
+            for n in range(min(self.longest, len(words) - at), 0, -1):
+                span = words[at:at + n]
+                forms = [tuple(span), *((*span[:-1], lemma) for lemma in lemmas(span[-1]))]
+                if found := next((self.named[f] for f in forms if f in self.named), None):
+                    out.append(found)
+                    at += n - 1
+                    break
+            at += 1
+        return out
+
+    def link(self, text: str, fits: Callable[[Sequence[str]], Sequence[float]], threshold: float) -> list[tuple[int, float]]:
+        """(entity, score) of what a text names and its picture shows, best first: of each name the candidate that fits best, if it reaches the
+        threshold."""
+        best: dict[int, float] = {}
+        for candidates in self.mentioned(text):
+            scores = list(fits([self.entities[c].text for c in candidates]))
+            score, chosen = max(zip(scores, candidates, strict=True), key=lambda pair: pair[0])
+            if score >= threshold:
+                best[chosen] = max(score, best.get(chosen, score))
+        return sorted(best.items(), key=lambda item: -item[1])
+
+
+def linked(source: Source, base: EntityBase, score: Score, threshold: float, rare: int = 1) -> Retold:
+    """The source with entities as labels: each sample's best one, among those that at least `rare` samples have; none becomes no label.
+
+    The captions of a labelled sample are its own and the entity's text; classes are the ids of the entities.
+    """
+    found: list[int] = []
+    for i in range(len(source)):
+        links = [link for text in source.about(i)["captions"] for link in base.link(text, lambda texts, i=i: score(i, texts), threshold)]
+        found.append(max(links, key=lambda link: link[1])[0] if links else NO_LABEL)
+    often = Counter(found)
+    label = [e if e >= 0 and often[e] >= rare else NO_LABEL for e in found]
+
+    def tell(i: int, about: Sample) -> Sample:
+        more = [base.entities[label[i]].text] if label[i] >= 0 else []
+        return about | {"label": label[i], "captions": [*about["captions"], *more]}
+    return Retold(source, tell, f"{source.name} linked", ("label",), tuple(e.id for e in base.entities))
