@@ -6,7 +6,6 @@ import pytest
 from PIL import Image
 
 import polysense
-from polysense.base.system import System
 from polysense.train.run import train
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "gen_pictures.py"
@@ -35,7 +34,16 @@ def test_rows_are_as_high_as_their_words(script):
     assert worded.height > plain.height and plain.getpixel((script.LEFT + 5, script.GAP + 5)) == (255, 0, 0)
 
 
-def test_every_system_with_weights_has_a_kind_of_picture(script):
-    for card in polysense.catalogue().values():
-        if issubclass(polysense.load(card.id).tiny().config.owner, System):
-            assert card.id in script.KINDS or set(card.can) & set(script.BY_CAPABILITY), card.id
+def test_a_system_that_shows_nothing_is_refused_by_name(script):
+    class Silent:
+        id = "silent"
+
+        def can(self, capability: str) -> bool:
+            return False
+
+    with pytest.raises(SystemExit, match="silent: no kind of picture"):
+        script.rows_of(Silent(), "scenes")
+
+
+def test_special_kinds_are_of_systems_that_exist(script):
+    assert set(script.KINDS) <= set(polysense.catalogue())
