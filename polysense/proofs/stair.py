@@ -49,4 +49,4 @@ def run(seed: int, test: str = "scenes:combos?n=1000&seed=1001") -> Outcome:
         subject = train_arm("stair", arm, train, needs=("image", "text"), seed=seed, tokenizer=tokenizer).subject
         found[name], notes[f"words that are not zero, {name}"] = named(subject, unseen)
         notes[f"text to image R@10, {name}"] = exam("retrieval", subject, unseen, "text_to_image_r10")
-    return Outcome(found["three stages"], {"all at once": found["one stage"]}, notes | {"words of the vocabulary": len(tokenizer.vocab)})
+    return Outcome(found["three stages"], {"all at once": found["one stage"]}, notes | {"words of the vocabulary": tokenizer.vocab})
