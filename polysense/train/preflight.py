@@ -118,13 +118,8 @@ def data(few: list[Batch]) -> Iterator[Doubt]:
 
 
 def inverted(mask: Tensor, tokens: Tensor) -> bool:
-    """Whether a mask [B,L] looks turned round: where it is True a text is one id again and again at its end, while the rest is words."""
-    for m, t in zip(mask, tokens):
-        real, rest = t[m], t[~m]
-        if len(real) and len(rest) > 1 and bool(m[-1]) and not bool(m[0]) and len(real.unique()) == 1 and len(rest.unique()) > 1 \
-                and bool((real == 0).all() | (len(real) > 1)):
-            return True
-    return False
+    """Whether a mask [B,L] is turned round for some text: True at its end only, on one id again and again, and False on what has several."""
+    return any(bool(m[-1]) and not bool(m[0]) and len(t[m].unique()) == 1 and len(t[~m].unique()) > 1 for m, t in zip(mask, tokens))
 
 
 # -- what comes out -------------------------------------------------------------------------------------------------------------------------
