@@ -9,7 +9,7 @@ Decoder, mask token and word predictor are thrown away. The deliverable is the d
 data and not on large. With both weights zero it is CLIP, without contrast a masked autoencoder of pictures and texts; how the towers are pooled is
 a factor of its own (`vision.pool`).
 """
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -49,13 +49,13 @@ class MAECLIP(DualEncoder):
         decoder: MAEDecoder.Config
         target: PixelTarget.Config
         hide: WordMask.Config
-        predict: WordHead.Config = field(default_factory=WordHead.Config)
+        predict: WordHead.Config
 
     def __init__(self, c: Config):
         super().__init__(c)
         self.sampler, self.target, self.hide = c.sampler.build(), c.target.build(), c.hide.build()
         self.decoder = build(c.decoder, into=c.vision.width, out=c.target.width, grid=self.vision.grid)
-        self.predict = build(c.predict, width=c.text.width, vocab=c.text.vocab)
+        self.predict = c.predict.build()
 
     def draw(self, image: Tensor, masking: Masking) -> Tensor:
         """What the decoder draws of the hidden patches, of which the tower saw nothing: [B,M,P]."""
@@ -89,7 +89,8 @@ def config(size: int, patch: int, image: tuple[int, int, int], text: tuple[int, 
     """image, text and decoder: (width, depth, heads); mask and special (padding, start, end) are ids."""
     return MAECLIP.Config(vision=plain_vit(size, patch, *image, pool=pool), text=pre_norm_bert(vocab, length, *text), **heads(image[0], text[0], dim),
                           sampler=RandomMask.Config(ratio=0.75), decoder=MAEDecoder.Config(body=vit_body(*decoder)),
-                          target=PixelTarget.Config(patch=patch, norm="patch"), hide=WordMask.Config(vocab=vocab, mask=mask, special=special))
+                          target=PixelTarget.Config(patch=patch, norm="patch"), hide=WordMask.Config(vocab=vocab, mask=mask, special=special),
+                          predict=WordHead.Config(width=text[0], vocab=vocab))
 
 
 def tiny() -> Preset:
