@@ -1,7 +1,7 @@
 """The upper half of a transformer's blocks is most of what full tuning gains over a new head alone.
 
-A ViT of four blocks that learned to name drawn things is carried to handwritten digits with 1,000 labels: the head alone, the last block, the last
-two, norms alone, everything; for as many steps. Sizes and rates were chosen on other digits of the training split.
+A ViT of four blocks that learned to read digits in drawn scenes is carried to handwritten ones with 1,000 labels: the head alone, the last block, the
+last two, norms alone, everything; for as many steps.
 """
 import time
 from typing import Any
@@ -16,7 +16,7 @@ from polysense.systems.adapt.freeze_tuning import HALF, FreezeTuning, planned
 from polysense.systems.backbone.vit import tower
 
 METRIC, HIGHER_IS_BETTER = "accuracy on handwritten digits after 1,000 labels, the last two of four blocks trained", True
-DATA = "scenes:single (pre-training), mnist (100 labels a class; 2,000 of the test split)"
+DATA = "scenes:digits (pre-training), mnist (100 labels a class; 2,000 of the test split)"
 PLANS = {"head alone": Freeze(train="head.*"), "last 1": Freeze(last=1, train="head.* *.norm.*"), "last 2": Freeze(last=2, train="head.* *.norm.*"),
          "norms alone": Freeze(train="norms head.*"), "everything": Freeze(train="*")}
 
@@ -29,7 +29,7 @@ def preset(classes: int, steps: int, lr: float) -> Preset:
 
 
 def run(seed: int, split: str = "test") -> Outcome:
-    drawn = source(f"scenes:single?n=6000&size=32&seed={seed}")
+    drawn = source(f"scenes:digits?n=6000&size=32&seed={seed}")
     before = train_arm("freeze_tuning", preset(len(drawn.classes), 400, 2e-3), drawn, needs=("image", "label"), seed=seed).subject.system
     learn, test = few_of_each(source("mnist"), 100, seed), some_of(source("mnist", split), 2000, 1)
     scores, notes = dict[str, float](), dict[str, Any]()
@@ -39,7 +39,7 @@ def run(seed: int, split: str = "test") -> Outcome:
 
     for name, plan in PLANS.items():
         begun = time.perf_counter()
-        made = planned(preset(10, 150, 1e-3), plan)
+        made = planned(preset(10, 300, 4e-3), plan)
         arm = train_arm("freeze_tuning", made, learn, needs=("image", "label"), seed=seed, prepare=carry)
         notes[f"seconds, {name}"] = round(time.perf_counter() - begun, 1)
         scores[name] = accuracy(arm.subject, test)

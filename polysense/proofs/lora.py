@@ -2,7 +2,7 @@
 
 All weights, and low-rank updates of rank 4 on all dense layers and the embedding, train for as many steps. What counts is how much of the drop in
 perplexity that full tuning reaches LoRA reaches too; the trained share of the numbers and what both have forgotten of the first captions stand in
-the notes. Learning rates were chosen on titles held out of the training split.
+the notes. Learning rates were chosen on other titles of the training split.
 """
 from polysense.mechanisms.lora import LowRank
 from polysense.proofs.adapting import EXAMPLES, FIRST, SECOND, captions, perplexity, pretrained, share_trained, tuned
