@@ -210,11 +210,14 @@ def padding(system: System, stage: Stage, batch: Batch) -> Iterator[Doubt]:
 
 
 def overfitting(system: System, stage: Stage, batch: Batch) -> Iterator[Doubt]:
-    """A few steps of AdamW on one batch, with the same random numbers in each; at the first rate that lowers the loss all is well."""
-    begun, chosen = time.monotonic(), [p for p in system.parameters() if p.requires_grad]
+    """A few steps of AdamW on one batch, with the same random numbers in each; at the first rate that lowers the loss all is well.
+
+    A slow machine does not get through the steps in the second that each rate has: then nothing is said, as nothing is known.
+    """
+    chosen, hurried = [p for p in system.parameters() if p.requires_grad], False
     before, first, seen = [p.detach().clone() for p in chosen], float("nan"), list[float]()
     for rate in RATES:
-        optimizer = torch.optim.AdamW(chosen, lr=rate, weight_decay=0.0)
+        begun, optimizer = time.monotonic(), torch.optim.AdamW(chosen, lr=rate, weight_decay=0.0)
         for i in range(STEPS + 1):
             system.zero_grad(set_to_none=True)
             total = loss_of(system, stage, batch).total(stage.weights)
@@ -222,12 +225,16 @@ def overfitting(system: System, stage: Stage, batch: Batch) -> Iterator[Doubt]:
             first = seen[0] if isfinite(seen[0]) else first
             if i and seen[-1] < first:
                 return
-            if i == STEPS or (i > 1 and time.monotonic() - begun > SECONDS):
+            late = i > 1 and time.monotonic() - begun > SECONDS
+            hurried |= late and i < STEPS
+            if i == STEPS or late:
                 break
             total.backward()
             optimizer.step()
         with torch.no_grad():
             for p, value in zip(chosen, before):
                 p.copy_(value)
+    if hurried:
+        return
     yield (f"one batch cannot be learned: its loss goes from {first:.5g} to no less than {min(seen[1:], default=first):.5g}",
            "is a sign turned round, or a target random from step to step?")
