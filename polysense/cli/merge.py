@@ -18,7 +18,8 @@ def merge(source: Annotated[Path, typer.Argument(metavar="RUN", help="A run of `
     \b
     Examples
       polysense merge runs/mine runs/merged
-      polysense merge runs/mine/adapter runs/merged && polysense convert runs/merged exported --system clip --layout hf
+      polysense merge runs/mine/adapter runs/merged
+      polysense convert runs/merged exported --system clip --layout hf
     """
     import polysense
     from polysense.cli.converting import write_run

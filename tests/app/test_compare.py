@@ -244,8 +244,8 @@ def test_the_pages_say_what_was_found(first):
 
 def test_the_command(first, capsys):
     out, told = first
-    words = ["compare", *PAIR, *(f"{k}={v}" for k, v in SMALL.items()), "--data", "digits", "--steps", "3", "--seeds", "2", "--probe", "40", 
-             "--points", "1", "--workers", "0", "--device", "cpu", "--test-split", "test", "--out", str(out)]
+    words = ["compare", *PAIR, *(f"{k}={v}" for k, v in SMALL.items()), "--data", "digits", "--steps", "3", "--seeds", "2",
+             "--exams", "zero_shot,retrieval", "--points", "1", "--workers", "0", "--device", "cpu", "--test-split", "test", "--out", str(out)]
     assert main(words) == 0
     assert "slip against clip:tiny_vit" in capsys.readouterr().out
     assert main([*words, "--json"]) == 0 and json.loads(capsys.readouterr().out)["table"] == told.table
