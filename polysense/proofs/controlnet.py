@@ -3,7 +3,7 @@
 Baselines: the frozen model with the same words and noise, and a control trained on the outlines of other pictures. Edges are found in the drawn
 pictures by their colour gradient, and counted right within one pixel. Sized on other seeds. The base is as small as the budget and trained for
 this proof; depth and segments are other values of one option of the data and are not measured. The notes say how much of the edges the
-auto-encoder keeps: no arm can do better. Results of commits before the auto-encoder learned by squares are poor in all arms for that reason.
+auto-encoder keeps: no arm can do better.
 """
 from dataclasses import fields
 from typing import Any
