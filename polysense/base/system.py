@@ -30,7 +30,8 @@ from polysense.base.plan import (
 )
 from polysense.base.spec import Configured, Spec
 
-__all__ = ["AdaptiveClip", "After", "AudioPlan", "AugmentPlan", "Batch", "ChatPlan", "EpisodePlan", "Feed", "ImagePlan", "Losses", "Optim", "Part", "Preset", "PromptPlan",
+__all__ = ["AdaptiveClip", "After", "AudioPlan", "AugmentPlan", "Batch", "ChatPlan", "EpisodePlan", "Feed", "ImagePlan", "Losses", "Optim",
+           "Part", "Preset", "PromptPlan",
            "SidesPlan", "Spec", "Stage", "Start", "System", "TextPlan", "VideoPlan", "ViewPlan", "final"]
 
 T = TypeVar("T", bound=type)

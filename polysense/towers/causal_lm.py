@@ -80,7 +80,7 @@ class CausalLM(Tower):
         alike = ropes[0] is not None and len({(r.turned, r.base) if r is not None else None for r in ropes}) == 1
         self.rotary = ropes[:1] if alike else []                     # in a list: a part of the body, not another one of this module
         self._steps: tuple[Any, Stepwise] | None = None              # state of the weights, and their copies for one token at a time
-        self.first = 0                                               # the position of the first token; behind a prefix of keys it is the prefix's length
+        self.first = 0                                     # the position of the first token; behind a prefix of keys it is the prefix's length
         self.soft: Any = None                                     # learned tokens among the real ones (mechanisms.prefix)
 
     def forward(self, text: Tensor, mask: Tensor | None = None) -> Encoded:

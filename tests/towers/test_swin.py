@@ -15,7 +15,8 @@ SMALL = Swin.Config(patch=4, base=16, depths=(2, 2, 2), heads=(1, 2, 4), window=
 def test_maps_and_pooled_are_timms(size):
     """At 56 pixels the maps are 14 and 7 wide: padded for their windows, and for the halving."""
     timm = reference("timm.models.swin_transformer")
-    theirs = shake(timm.SwinTransformer(img_size=size, patch_size=4, window_size=4, embed_dim=16, depths=(2, 2, 2), num_heads=(1, 2, 4), num_classes=0))
+    theirs = shake(timm.SwinTransformer(img_size=size, patch_size=4, window_size=4, embed_dim=16, depths=(2, 2, 2), num_heads=(1, 2, 4),
+                                        num_classes=0))
     state = theirs.state_dict()
     assert Swin.Config(**sizes(state, "")) == SMALL
     ours = SMALL.build().eval()
