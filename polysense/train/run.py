@@ -2,6 +2,7 @@
 import json
 import random
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
@@ -50,12 +51,18 @@ def train(system_id: str, preset: str = "tiny", *, data: str | None = None, step
 
 def override(preset: Preset, changes: dict[str, Any]) -> Preset:
     """Dotted changes to a preset. A path starts at the preset (`stages.0.steps`), at its config (`vision.body.depth`) or, for all stages at
-    once, at a stage (`batch_size`, `optim.lr`). Raises UserError for unknown names and wrong types."""
+    once, at a stage (`batch_size`, `optim.lr`). A recipe may name `variants` of a part, {path: {name: dotted changes}}: `centre=sinkhorn` makes
+    all changes of that name. Raises UserError for unknown names and wrong types."""
+    named: dict[str, dict[str, dict[str, Any]]] = getattr(sys.modules[type(preset.config).owner.__module__], "variants", {})
     ours, of_stage = {f.name for f in fields(preset)}, {f.name for f in fields(Stage)}
     of_config = {f.name for f in fields(preset.config)}
     for path, value in changes.items():
         head = path.split(".")[0]
-        if head in ours:
+        if isinstance(value, str) and path in named:
+            if value not in named[path]:
+                raise UserError(f"no {path} is called {value!r}", f"it is one of {', '.join(named[path])}")
+            preset = override(preset, named[path][value])
+        elif head in ours:
             preset = preset.but(**{path: value})
         elif head in of_stage and head not in of_config:
             preset = preset.but(**{f"stages.{i}.{path}": value for i in range(len(preset.stages))})
