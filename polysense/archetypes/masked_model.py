@@ -5,16 +5,19 @@ What a recipe fills in (all of them Specs in slots; see mechanisms/mask_sampler.
   sampler   which patches are hidden: `RandomMask` (MAE), `BlockMask` (BEiT), `TubeMask` (VideoMAE)
   hide      how the encoder is kept from seeing them: `DropHidden` (visible tokens only) or `FillHidden` (mask tokens)
   decoder   `decoder(tokens, masking)`: from the encoder's tokens to predictions for the hidden patches
-  target    `target(pixels, masking)`: what they should have been, in the same arrangement; runs without a gradient
+  target    `target(pixels, masking)`: what they should have been, in the same arrangement; runs without a gradient. Teacher and the normalisation of
+            its output are one part: pixels, HOG, a spectrum, codes, features of a frozen tower. One that follows the encoder itself (data2vec,
+            CAE) has a Config with `of(encoder)` in place of `build()`, and `refresh(encoder)` and `move(encoder, progress)`
 """
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from polysense.base.system import Batch, Spec, System
+from polysense.base.system import After, Batch, Spec, System
 from polysense.mechanisms.mask_sampler import DropHidden
 from polysense.nn.build import build
 from polysense.nn.masking import Masking
@@ -34,9 +37,11 @@ class MaskedModel(System):
     def __init__(self, c: Config):
         super().__init__()
         self.encoder = c.encoder.build()
-        self.sampler, self.target = c.sampler.build(), c.target.build()
-        self.hide = build(c.hide, width=self.encoder.width)
-        self.decoder = build(c.decoder, into=self.encoder.width, out=getattr(c.target, "width", 0), grid=getattr(self.encoder, "grid", None))
+        self.sampler, of = c.sampler.build(), getattr(c.target, "of", None)
+        self.target: Any = c.target.build() if of is None else of(self.encoder)
+        self.hide = build(c.hide, width=getattr(self.encoder, "embedded", self.encoder.width))
+        self.decoder: Any = build(c.decoder, into=self.encoder.width, out=getattr(c.target, "width", self.encoder.width),
+                                  grid=getattr(self.encoder, "grid", None))
 
     def masking(self, pixels: Tensor) -> Masking:
         """A new random choice of hidden patches for every sample, from torch's generator."""
@@ -70,6 +75,41 @@ class MaskedModel(System):
             elif bool(hidden.all()) or float((self.see(before, masking) - seen).abs().max()) <= 1e-4:
                 yield "what the encoder may see does not change what it says: is everything hidden?"
 
+    def after_start(self) -> None:
+        """A target that follows the encoder becomes a copy of what the Starts brought."""
+        if hasattr(self.target, "refresh"):
+            self.target.refresh(self.encoder)
+
+    def after_step(self, after: After) -> None:
+        """A target that follows the encoder moves."""
+        if hasattr(self.target, "move"):
+            self.target.move(self.encoder, after.progress)
+
     def features(self, pixels: Tensor) -> Tensor:
         """pixels, nothing hidden -> the encoder's pooled feature [B,D], unit norm: what transfer reads."""
         return F.normalize(self.encoder.pooled(pixels).float(), dim=-1)
+
+
+class MaskedPictures(MaskedModel):
+    """Masked models of pictures that draw what they are not shown: the target is a PixelTarget (`paint`, `cover`)."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(MaskedModel.Config):
+        pass
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """image [B,3,H,W] -> [B,D], unit norm: the mean of all patch tokens (no patch hidden), as fine-tuning reads them."""
+        return self.features(image)
+
+    def reconstruct(self, image: Tensor, masking: Masking | None = None) -> Tensor:
+        """image [B,3,H,W] -> [B,3,H,W]: the visible patches as they are, the hidden ones as drawn. Nothing of what is hidden is read.
+
+        masking: which are hidden; None: drawn anew from torch's generator.
+        """
+        masking = masking or self.masking(image)
+        drawn = getattr(self.decoder, "pixels", self.decoder)(self.see(image, masking), masking)      # `pixels` where it says more besides
+        return self.target.paint(image, masking, drawn, self.encoder.grid_of(image))
+
+    def cover(self, image: Tensor, masking: Masking | None = None) -> Tensor:
+        """image [B,3,H,W] -> the same with its hidden patches in the mean colour: what the encoder is shown. Draws as `reconstruct` does."""
+        return self.target.cover(image, masking or self.masking(image), self.encoder.grid_of(image))

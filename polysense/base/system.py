@@ -1,9 +1,9 @@
 """The one base class of every trainable system. Torch starts here."""
 from abc import ABC
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,9 @@ class Part(Configured, nn.Module):
 
 class System(Part, ABC):
     """Holds weights, implements capabilities, offers objectives. Archetypes are abstract, recipes are `@final`."""
+
+    choices: ClassVar[Mapping[str, Mapping[str, Callable[[Preset], Preset]]]] = {}
+    """Slots that can be set by a word: {slot: {word: preset -> the same preset with that in the slot, and what has to go with it}}."""
 
     def after_start(self) -> None:
         """Called once after the Starts' weights are in: copies taken of them (teachers) are made or refreshed here."""

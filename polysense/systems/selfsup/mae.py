@@ -11,14 +11,12 @@ sines and cosines. The only augmentation is crop and flip: the masking is the au
 """
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from polysense.archetypes.masked_model import MaskedModel
+from polysense.archetypes.masked_model import MaskedPictures
 from polysense.base.card import Card
 from polysense.base.system import Batch, Feed, ImagePlan, Losses, Optim, Preset, Stage, ViewPlan, final
 from polysense.decoders.mae import MAEDecoder
 from polysense.decoders.pixels import PixelTarget
-from polysense.mechanisms.mask_sampler import Masking, RandomMask
+from polysense.mechanisms.mask_sampler import RandomMask
 from polysense.nn.block import PreNorm
 from polysense.nn.init import XavierInit
 from polysense.nn.norm import LayerNorm
@@ -41,31 +39,14 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @final
-class MAE(MaskedModel):
+class MAE(MaskedPictures):
     @dataclass(frozen=True, kw_only=True)
-    class Config(MaskedModel.Config):
+    class Config(MaskedPictures.Config):
         pass
 
     def losses(self, batch: Batch) -> Losses:
         image = batch["image"]
         return Losses(pixels=masked_mse(*self.pairs(image, self.masking(image))))
-
-    def encode_image(self, image: Tensor) -> Tensor:
-        """image [B,3,H,W] -> [B,D], unit norm: the mean of all patch tokens (no patch hidden), as fine-tuning reads them."""
-        return self.features(image)
-
-    def reconstruct(self, image: Tensor, masking: Masking | None = None) -> Tensor:
-        """image [B,3,H,W] -> [B,3,H,W]: the visible patches as they are, the hidden ones as drawn. Nothing of what is hidden is read.
-
-        masking: which are hidden; None: drawn anew from torch's generator.
-        """
-        masking = masking or self.masking(image)
-        drawn = self.decoder(self.see(image, masking), masking)
-        return self.target.paint(image, masking, drawn, self.encoder.grid_of(image))
-
-    def cover(self, image: Tensor, masking: Masking | None = None) -> Tensor:
-        """image [B,3,H,W] -> the same with its hidden patches in the mean colour: what the encoder is shown. Draws as `reconstruct` does."""
-        return self.target.cover(image, masking or self.masking(image), self.encoder.grid_of(image))
 
 
 def tower(width: int, depth: int, heads: int, eps: float = 1e-6) -> Transformer.Config:
