@@ -7,7 +7,7 @@ from torch import Tensor
 from polysense.base.errors import UserError
 from polysense.base.spec import Spec
 from polysense.base.system import Part
-from polysense.nn.masking import Masking
+from polysense.nn.masking import Masking, masking_of
 from polysense.nn.patch import patchify, unpatchify
 
 NORMS = ("none", "range", "patch", "channel")
@@ -87,3 +87,20 @@ class PixelTarget(Part):
     def cover(self, pixels: Tensor, masking: Masking, grid: tuple[int, ...], value: float = 0.0) -> Tensor:
         """The picture with its hidden patches in one value: what the model is shown."""
         return unpatchify(self.patches(pixels).masked_fill(masking.mask[..., None], value), grid, self.c.patch, self.c.frames)
+
+
+class GridPixels(PixelTarget):
+    """The same, samples one after the other and patches in the order of the grid: beside heads that say it in this order (CodeHead)."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(PixelTarget.Config):
+        pass
+
+    @torch.no_grad()
+    def forward(self, pixels: Tensor, masking: Masking) -> Tensor:
+        """-> [M,frames*P*P*C] of the whole batch."""
+        return self.normalised(self.patches(pixels))[masking.mask]
+
+    def paint(self, pixels: Tensor, masking: Masking, prediction: Tensor, grid: tuple[int, ...]) -> Tensor:
+        """As PixelTarget.paint, of predictions [M,.]. UserError where samples hide different numbers of patches."""
+        return super().paint(pixels, masking_of(masking.mask), prediction.unflatten(0, (len(pixels), -1)), grid)

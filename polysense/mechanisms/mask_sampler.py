@@ -1,13 +1,14 @@
 """Which patches are hidden, and how a tower is kept from seeing them. Shapes: B batch, N patches of a grid, K visible, M hidden, D width.
 
-A sampler is a part: `sampler(batch, grid, device) -> Masking`. `RandomMask` (MAE, FLIP), `BlockMask` (BEiT), `TubeMask` (VideoMAE). Random
+A sampler is a part: `sampler(batch, grid, device) -> Masking`. `RandomMask` (MAE, FLIP), `CellMask` (SimMIM), `BlockMask` (BEiT), `TubeMask`
+(VideoMAE). Random
 numbers come from torch's global generator, which training seeds and checkpoints restore; all samples are drawn at once.
 `DropHidden` and `FillHidden` are the two ways to hide: a tower reads the visible patches alone, or all of them with a learned mask token in
 place of each hidden one.
 """
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import log, prod
+from math import ceil, log, prod
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from polysense.base.spec import Spec
 from polysense.base.system import Part
 from polysense.nn.masking import Masking, masking_by, masking_of
 
-__all__ = ["BlockMask", "DropHidden", "FillHidden", "Masking", "RandomMask", "TubeMask", "masking_by", "masking_of"]
+__all__ = ["BlockMask", "CellMask", "DropHidden", "FillHidden", "Masking", "RandomMask", "TubeMask", "masking_by", "masking_of"]
 
 Device = torch.device | str | None
 
@@ -42,6 +43,34 @@ class RandomMask(Part):
         """batch samples of a grid such as (h, w) -> Masking. noise [B,N] in place of random numbers: the least are kept."""
         noise = torch.rand(batch, prod(grid), device=device) if noise is None else noise
         return masking_by(noise, self.visible(prod(grid)))
+
+
+class CellMask(Part):
+    """Uniform over square cells, larger than the tower's patches: ceil(ratio cells) of them are hidden (Xie et al. 2022, SimMIM, section 3.2).
+
+    The size of what is hidden then does not depend on the tower: cells of 32 px are 8x8 patches of a Swin, 2x2 of a ViT of patch 16.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Spec):
+        ratio: float = 0.6                   # share of hidden cells
+        side: int = 8                        # of a cell, in patches of the tower
+
+    def __init__(self, c: Config):
+        super().__init__()
+        if c.side < 1:
+            raise UserError(f"cells of {c.side} patches", "they have one at least")
+        self.ratio, self.side = checked(c.ratio), c.side
+
+    def forward(self, batch: int, grid: Sequence[int], device: Device = None, noise: Tensor | None = None) -> Masking:
+        """grid (h, w) of patches -> Masking. noise [B,cells]: the greatest are hidden. UserError for a grid that cells do not divide."""
+        height, width = grid
+        if height % self.side or width % self.side:
+            raise UserError(f"a grid of {height}x{width} patches does not divide into cells of {self.side}x{self.side}", "choose other sizes")
+        h, w = height // self.side, width // self.side
+        noise = torch.rand(batch, h * w, device=device) if noise is None else noise
+        cells = masking_by(noise, h * w - ceil(self.ratio * h * w)).mask.view(batch, h, w)
+        return masking_of(cells.repeat_interleave(self.side, 1).repeat_interleave(self.side, 2).flatten(1))
 
 
 class TubeMask(Part):

@@ -18,6 +18,7 @@ from polysense.nn.patch import Patches
 from polysense.nn.relative import offsets
 from polysense.towers.encoded import Encoded, Tower
 
+Fill = tuple[Tensor, Tensor]                 # mask [B,N], True is hidden, and the token [1,1,D] that stands there instead
 APART = -100.0                               # added to the score of two places that only the shift has brought into one window (released code)
 
 
@@ -145,16 +146,29 @@ class Swin(Tower):
                 drop_path=c.drop_path * (done + i) / max(1, total - 1)).build() for i in range(depth))
             self.stages.append(stage)
             done += depth
-        self.norm, self.width = build(c.norm, width=c.width), c.width
+        self.norm, self.width, self.embedded, self.prefix = build(c.norm, width=c.width), c.width, c.base, 0
+        self.stride = c.patch * 2 ** (len(c.depths) - 1)             # of the last map
         for m in self.stages.modules():
             if isinstance(m, nn.Linear):
                 nn.init.trunc_normal_(m.weight, std=0.02)
                 if m.bias is not None:
                     nn.init.zeros_(m.bias)
 
-    def features(self, image: Tensor) -> list[Tensor]:
-        """image [B,3,H,W] -> the maps [B,h,w,D] after each stage."""
-        x, out = self.patch_norm(self.patch(image)), []
+    def grid_of(self, image: Tensor) -> tuple[int, int]:
+        """image [B,3,H,W] -> the grid (h, w) of its patches, those before the first stage."""
+        if image.ndim != 4:
+            raise UserError(f"an image tensor of shape {list(image.shape)}", "this tower reads float [B,C,H,W]")
+        side = self.patch.kernel_size[0]
+        return image.shape[-2] // side, image.shape[-1] // side
+
+    def embed(self, image: Tensor, fill: Fill | None = None) -> Tensor:
+        """image [B,3,H,W] -> normed patch embeddings [B,h,w,base]. fill (mask [B,N], token [1,1,base]): the token stands in for the hidden ones."""
+        x = self.patch_norm(self.patch(image))
+        return x if fill is None else torch.where(fill[0].view(*x.shape[:3], 1), fill[1].to(x.dtype), x)
+
+    def features(self, image: Tensor, fill: Fill | None = None) -> list[Tensor]:
+        """image [B,3,H,W] -> the maps [B,h,w,D] after each stage. fill: see `embed`."""
+        x, out = self.embed(image, fill), []
         for stage in self.stages:
             x = stage.merge(x)
             for block in stage.blocks:
@@ -162,9 +176,9 @@ class Swin(Tower):
             out.append(x)
         return out
 
-    def forward(self, image: Tensor) -> Encoded:
-        """image [B,3,H,W] -> tokens [B,hw,D] (normed) and pooled [B,D]. UserError for a size that the patch does not divide."""
-        tokens = self.norm(self.features(image)[-1]).flatten(1, 2)
+    def forward(self, image: Tensor, fill: Fill | None = None) -> Encoded:
+        """image [B,3,H,W] -> tokens [B,hw,D] (normed) and pooled [B,D]. fill: see `embed`. UserError for a size that the patch does not divide."""
+        tokens = self.norm(self.features(image, fill)[-1]).flatten(1, 2)
         return Encoded(tokens=tokens, pooled=tokens.mean(1))
 
     def dense(self, image: Tensor) -> Tensor:

@@ -1,0 +1,39 @@
+"""Pictures compared frequency by frequency. Shapes: B batch, C channels, H W pixels, or as many frequencies."""
+# torch is typed in part only, hence (strict mode would refuse what torch itself leaves open):
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+import torch
+from torch import Tensor
+
+from polysense.base.errors import UserError
+
+
+def spectrum(image: Tensor) -> Tensor:
+    """[B,C,H,W] -> [B,2C,H,W] in float32: the two-dimensional discrete Fourier transform of each channel, frequency zero in the middle, orthonormal;
+    the real parts of all channels, then the imaginary ones."""
+    f = torch.fft.fftshift(torch.fft.fft2(image.float(), norm="ortho"), dim=(-2, -1))
+    return torch.cat([f.real, f.imag], 1)
+
+
+def from_spectrum(parts: Tensor) -> Tensor:
+    """The inverse, [B,2C,H,W] -> [B,C,H,W]; of a spectrum that belongs to no real picture, the real part."""
+    real, imaginary = parts.float().chunk(2, 1)
+    return torch.fft.ifft2(torch.fft.ifftshift(torch.complex(real, imaginary), dim=(-2, -1)), norm="ortho").real
+
+
+def focal_frequency(prediction: Tensor, target: Tensor, alpha: float = 1.0) -> Tensor:
+    """mean over (u, v) of w |F' - F|^2, spectra [B,2C,H,W] each (Jiang et al. 2021, equation 8; Liu et al. 2023, Ge2-AE, section 3.3). Scalar.
+
+    w = |F' - F|^alpha, divided by its largest value in each channel of each picture, has no gradient: frequencies that come out badly count more.
+    With alpha = 0 it is, by Parseval's theorem, the mean squared error of the pictures.
+    """
+    if prediction.shape != target.shape:
+        raise UserError(f"spectra {list(prediction.shape)} and {list(target.shape)}", "they are of the same pictures")
+    real, imaginary = (prediction.float() - target.float()).chunk(2, 1)
+    squared = real.square() + imaginary.square()
+    return (focus(squared, alpha) * squared).mean()
+
+
+def focus(squared: Tensor, alpha: float) -> Tensor:
+    """The weights of `focal_frequency`, in [0, 1], without a gradient: squared errors [B,C,H,W] -> [B,C,H,W]."""
+    weight = squared.detach() ** (alpha / 2)
+    return (weight / weight.amax((-2, -1), keepdim=True)).nan_to_num(0.0).clamp(0, 1)
