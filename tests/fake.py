@@ -32,6 +32,10 @@ def fake_batch(preset: Preset, keys: tuple[str, ...], n: int = 4, seed: int = 0)
             if getattr(feed.text, "new", ()):            # every text has the new words
                 text[:, 1] = feed.text.vocab
             made[key] = text
+        elif key == "segment":
+            made[key] = (torch.arange(8) > 3).long().expand(n, -1)
+        elif key == "follows":
+            made[key] = torch.arange(n) % 2
         elif key == "images":
             made[key] = torch.randn(n, feed.text.shots, 3, feed.image.size, feed.image.size, generator=g)
         elif key == "episode":

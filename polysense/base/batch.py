@@ -24,6 +24,8 @@ VOCABULARY: dict[str, Key] = {
     "crops": Key("B V 3 H W", "float", "V small random crops of the same picture (multi-crop)"),
     "text": Key("B L", "int", "token ids, trimmed to the longest of the batch"),
     "retold": Key("B L", "int", "token ids of `text` with a word replaced, moved or left out"),
+    "segment": Key("B L", "int", "which of two sentences a token of `text` belongs to: 0 or 1; 0 on padding"),
+    "follows": Key("B", "int", "1 where the second sentence of `text` goes on from the first, 0 where it is from elsewhere"),
     "text_mask": Key("B L", "bool", "True where `text` holds a real token, False on padding"),
     "label": Key("B", "int", "class number"),
     "tags": Key("B C", "float", "multi-label targets, 0 or 1"),

@@ -52,7 +52,7 @@ class AugmentPlan(ViewPlan):
 @dataclass(frozen=True, kw_only=True)
 class TextPlan(Spec):
     """Which tokeniser, and how long a text may be (start and end tokens included)."""
-    kind: str = "bpe"                                   # "bpe": CLIP's lower-cased byte-level one; "wordpiece": BERT's; "llama", "t5": read only
+    kind: str = "bpe"                                   # "bpe": CLIP's lower-cased byte-level one; "wordpiece": BERT's; "llama", "t5", "roberta": read only
     vocab: int                                          # upper bound; a tokeniser trained on few captions may stay below it
     length: int
     pad: str = "end"                                    # "end": pad with the end token (transformers); "zero": with 0 (OpenAI)
@@ -74,6 +74,16 @@ class DropoutPlan(TextPlan):
     """Text whose words are spelled anew in training: each merge of the byte-pair encoding is left out with a chance (BPE-dropout)."""
     dropout: float
     plain = WordsPlan.plain
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairPlan(TextPlan):
+    """Two sentences in one text in training, start A end B end: in half of them B is what follows A, in the others it is from elsewhere (BERT)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackPlan(TextPlan):
+    """As many whole sentences in one text in training as fit, over the borders of documents, which get one end token more (RoBERTa)."""
 
 
 @dataclass(frozen=True, kw_only=True)

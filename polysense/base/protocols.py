@@ -124,6 +124,21 @@ class GroundsText(Protocol):
 
 
 @runtime_checkable
+class GuessesWords(Protocol):
+    def guess_words(self, text: Tensor, hidden: Tensor) -> Tensor:
+        """text [B,L] token ids, hidden bool [B,L] True at the words to be guessed (whose ids are not read) -> probabilities [N,V] of the N of them,
+        row by row."""
+        ...
+
+
+@runtime_checkable
+class TranslatesText(Protocol):
+    def translate_text(self, text: Tensor, *, max_new: int) -> Tensor:
+        """text [B,L] token ids, padded on the right -> ids [B,N] of another text, N <= max_new, up to and with the end token."""
+        ...
+
+
+@runtime_checkable
 class GeneratesText(Protocol):
     def generate_text(self, image: Tensor, prompt: Tensor, *, max_new: int) -> Tensor:
         """image [B,3,H,W], prompt [B,L] ids as the feed writes them, right-padded -> new ids [B,N], N <= max_new, up to and with the end token."""
@@ -240,7 +255,7 @@ CAPABILITIES: dict[str, type] = {
     "encode_video_parts": EncodesVideoParts, "encode_stream": StreamsVideo,
     "encode_audio": EncodesAudio, "encode_depth": EncodesDepth, "encode_thermal": EncodesThermal, "encode_imu": EncodesIMU,
     "match_text": MatchesText, "ground_text": GroundsText, "classify": Classifies, "generate_text": GeneratesText,
-    "generate_image": GeneratesImage,
+    "generate_image": GeneratesImage, "guess_words": GuessesWords, "translate_text": TranslatesText,
     "sample_image": SamplesImage,
     "attend": Attends, "reconstruct": Reconstructs, "encode_codes": EncodesCodes, "decode_codes": DecodesCodes,
     "segment": Segments, "detect": Detects, "keypoints": MarksKeypoints, "render_view": RendersView, "answer_about_video": AnswersAboutVideo,

@@ -19,6 +19,8 @@ from polysense.base.plan import (
     Feed,
     ImagePlan,
     Optim,
+    PackPlan,
+    PairPlan,
     Preset,
     PromptPlan,
     SidesPlan,
@@ -31,7 +33,7 @@ from polysense.base.plan import (
 from polysense.base.spec import Configured, Spec
 
 __all__ = ["AdaptiveClip", "After", "AudioPlan", "AugmentPlan", "Batch", "ChatPlan", "EpisodePlan", "Feed", "ImagePlan", "Losses", "Optim",
-           "Part", "Preset", "PromptPlan",
+           "PackPlan", "PairPlan", "Part", "Preset", "PromptPlan",
            "SidesPlan", "Spec", "Stage", "Start", "System", "TextPlan", "VideoPlan", "ViewPlan", "final"]
 
 T = TypeVar("T", bound=type)

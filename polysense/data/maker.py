@@ -19,22 +19,25 @@ from torch import Tensor
 
 from polysense.base.batch import VOCABULARY, Batch
 from polysense.base.errors import UserError
-from polysense.base.plan import ChatPlan, CropFeed, DropoutPlan, EpisodePlan, Feed, ImagePlan, VideoPlan, ViewPlan
+from polysense.base.plan import ChatPlan, CropFeed, DropoutPlan, EpisodePlan, Feed, ImagePlan, PackPlan, PairPlan, VideoPlan, ViewPlan
 from polysense.data import clips, images, views
 from polysense.data.bpe_dropout import Splitter
 from polysense.data.chat import Chat, episodes
 from polysense.data.eda import eda
 from polysense.data.outline import outlines
+from polysense.data.sentences import Sentences
 from polysense.data.sources import BadSample, Sample, Source, name_of
 
 LEFT = 0.1                                              # share of a box that a crop must leave for it to count as in view
 # keys made through a picture's geometry
 PIXELS = ("image", "images", "views", "crops", "mask", "depth", "hint", "edited", "boxes", "box_label", "polygon", "keypoints")
+PAIR = {"segment", "follows"}                           # what is known of two sentences in one text: as a PairPlan says
 TALK = {"chat", "chat_reply", "brief", "brief_reply"}   # conversations: made of questions and captions as a ChatPlan says
 EPISODE = {"episode", "images"}                         # several samples in one: as an EpisodePlan says
-MADE_OF = {"crops": "views", "chat": "question", "chat_reply": "question", "brief": "text", "brief_reply": "text", "episode": "text",
+MADE_OF = {"segment": "text", "follows": "text",
+           "crops": "views", "chat": "question", "chat_reply": "question", "brief": "text", "brief_reply": "text", "episode": "text",
            "images": "image", "retold": "text"}
-TEXTS = {"text", "text_mask", "retold", "question", "answer", "episode"} | TALK                     # what takes a tokenizer
+TEXTS = {*PAIR, "text", "text_mask", "retold", "question", "answer", "episode"} | TALK                     # what takes a tokenizer
 RECENT = 64                                             # batches whose ids are kept for `names`
 
 
@@ -57,9 +60,10 @@ def makeable(feed: Feed, train: bool) -> set[str]:
     picture = (feed.image or (feed.train_image if train else None)) is not None
     texts = {"text", "text_mask", "retold", "question", "answer"} | (TALK if isinstance(feed.text, ChatPlan) else set())
     geometry, moving = {"image", "boxes", "box_label", "polygon", "keypoints", "mask", "depth", "hint", "edited"}, {"video", "video_mask"}
-    return ({k for k in VOCABULARY if k not in TALK | EPISODE | texts | geometry | moving | {"views", "crops"}} | (geometry if picture else set())
+    return ({k for k in VOCABULARY if k not in PAIR | TALK | EPISODE | texts | geometry | moving | {"views", "crops"}}
+            | (geometry if picture else set())
             | (moving if picture or (feed.video and feed.video.image) else set()) | (texts if feed.text else set())
-            | (EPISODE if picture and isinstance(feed.text, EpisodePlan) else set())
+            | (EPISODE if picture and isinstance(feed.text, EpisodePlan) else set()) | (PAIR if isinstance(feed.text, PairPlan) else set())
             | ({"views"} if feed.views else set()) | ({"crops"} if crops_of(feed) else set()))
 
 
@@ -112,6 +116,8 @@ class Maker:
         self.canvas = min(views.canvas_side(self.work), -(-largest // 8) * 8) if self.plans and largest else views.canvas_side(self.work)
         self.reads = self._reads()
         self.split = Splitter(tokenizer, feed.text.dropout) if train and tokenizer and isinstance(feed.text, DropoutPlan) else None
+        told = isinstance(feed.text, PairPlan | PackPlan) and {"text", "text_mask", *PAIR}.intersection(self.keys)
+        self.sentences = Sentences(feed.text, tokenizer, source) if told else None
         self._start()
 
     def _start(self) -> None:
@@ -374,7 +380,10 @@ class Maker:
         local = self.batch_size // self.world
         chance = np.random.default_rng([self.seed, step, 1]).random(self.batch_size)[self.rank * local:self.rank * local + len(abouts)]
         pick = lambda options, u: options[int(u * len(options)) if self.train else 0]
-        if {"text", "text_mask", "retold"} & set(self.keys):
+        if self.sentences is not None:
+            rngs = [np.random.default_rng([self.seed, step, 5, self.rank * local + k]) for k in range(len(abouts))]
+            batch |= self.sentences(batch["index"].tolist(), abouts, rngs)
+        elif {"text", "text_mask", "retold"} & set(self.keys):
             said = [pick([c for c in a["captions"] if c.strip()], u) for a, u in zip(abouts, chance)]
             if self.split is None:
                 batch["text"], batch["text_mask"] = self.tokenizer.encode(said)

@@ -24,7 +24,8 @@ from polysense.base.plan import TextPlan
 
 BPE_SPECIALS = ("<|pad|>", "<|startoftext|>", "<|endoftext|>", "<|unknown|>")
 WORDPIECE_SPECIALS = ("[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]")
-PUBLISHED = {"llama": ("<s>", "</s>", None, None), "t5": ("<pad>", "</s>", "<pad>", "<unk>")}      # kinds only read: start, end, padding, unknown
+PUBLISHED = {"llama": ("<s>", "</s>", None, None), "t5": ("<pad>", "</s>", "<pad>", "<unk>"),
+             "roberta": ("<s>", "</s>", "<pad>", "<unk>")}                                            # kinds only read: start, end, padding, unknown
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"        # CLIP's pattern: letters, single digits, runs of the rest
 ENTITY = re.compile(r"&(?:#\d+|#[xX][0-9a-fA-F]+|\w+);")
 
@@ -291,8 +292,8 @@ def _clip(vocab: dict[str, int], merges: list[Any], plan: TextPlan) -> Tokenizer
 
 
 def _published(folder: Path, plan: TextPlan) -> Tokenizer:
-    """LLaMA's or T5's own, as `tokenizer.json` has it: case and spaces are kept; letters unknown to LLaMA are written as bytes. A text of T5
-    has no start: padding stands there, which its decoder begins with."""
+    """LLaMA's, T5's or RoBERTa's own, as `tokenizer.json` has it: case and spaces are kept; letters unknown to LLaMA are written as bytes, RoBERTa
+    writes nothing but bytes. A text of T5 has no start: padding stands there, which its decoder begins with."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise UserError(f"no {plan.kind} vocabulary in {folder}", "it should hold tokenizer.json")

@@ -49,8 +49,12 @@ def user_source(spec: str, split: str, options: dict[str, str]) -> Any:
         if talks(path):
             return held_out(Conversations(path, Path(options.get("images", path.parent))), split)
         return coco_source(path, split, options)
+    if path.suffix == ".txt" and path.is_file():
+        from polysense.data.sentences import text_source
+
+        return held_out(text_source(path, split), split)
     if path.exists():
-        raise UserError(f"cannot read {spec!r} as data", "give a folder, .csv, .tsv, .jsonl, .parquet, COCO .json or .tar")
+        raise UserError(f"cannot read {spec!r} as data", "give a folder, .csv, .tsv, .jsonl, .parquet, COCO .json, .tar, or .txt of sentences")
     from polysense.data.named import NAMED
 
     close = get_close_matches(spec, [*NAMED, "scenes"], 3)

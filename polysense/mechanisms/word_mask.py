@@ -29,8 +29,42 @@ class WordMask(Part):
     def forward(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """text [B,L] ids -> (corrupted ids [B,L], chosen [B,L], True where the word is to be guessed)."""
         free = ~torch.isin(text, torch.tensor(self.special, device=text.device))
-        chosen = (torch.rand(text.shape, device=text.device) < self.share) & free
-        how = torch.rand(text.shape, device=text.device)
+        which, how, random = self.draw(text)
+        chosen = (which < self.share) & free
         hidden = torch.where(chosen & (how < 0.8), self.mask, text)
-        random = torch.randint(self.vocab, text.shape, device=text.device)
         return torch.where(chosen & (how >= 0.9), random, hidden), chosen
+
+    def draw(self, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Hook: for each token two numbers in [0, 1), which tokens are chosen and what becomes of them, and a random id. [B,L] each."""
+        which, how = torch.rand(text.shape, device=text.device), torch.rand(text.shape, device=text.device)
+        return which, how, torch.randint(self.vocab, text.shape, device=text.device)
+
+
+class StaticWordMask(WordMask):
+    """The masks of the first BERT, drawn once when the data were prepared: each text has `copies` masks for good, one of which is drawn (the
+    authors' ten; with 1 a text is always masked alike). What is drawn is a hash of the text's words, of the place and of the copy's number."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(WordMask.Config):
+        copies: int = 10
+
+    def __init__(self, c: Config):
+        super().__init__(c)
+        if c.copies < 1:
+            raise UserError(f"{c.copies} masks of each text", "there is one at least")
+        self.copies = c.copies
+
+    def draw(self, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        place = torch.arange(1, text.shape[1] + 1, device=text.device)
+        words = text.masked_fill(torch.isin(text, torch.tensor(self.special, device=text.device)), 0)
+        copy = torch.randint(self.copies, (len(text), 1), device=text.device)
+        seed = _mixed((words * _mixed(place)).sum(1, keepdim=True) ^ _mixed(copy + 1))     # padding, a special token, adds nothing
+        which, how, word = (_mixed(seed ^ _mixed(3 * place + k)) & (2 ** 53 - 1) for k in range(3))
+        return which.double() / 2 ** 53, how.double() / 2 ** 53, word % self.vocab
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """int64 -> int64 that looks random (the finaliser of Steele et al. 2014, SplitMix; products wrap around)."""
+    x = (x ^ (x >> 30)) * -4658895280553007687
+    x = (x ^ (x >> 27)) * -7723592293110705685
+    return x ^ (x >> 31)

@@ -59,7 +59,7 @@ class Bert(Tower):
         if mask is None and cache is None:
             mask = text != self.pad
         mask = None if mask is None else mask.bool()
-        x = self.embed(text) + self.position[:, start:start + text.shape[1]]
+        x = self.embed(text) + self.places(text, start)
         if self.kind is not None:
             x = x + (self.kind.weight[0] if kind is None else self.kind(kind))
         x = self.dropout(self.norm_pre(x))
@@ -69,6 +69,10 @@ class Bert(Tower):
             x = self.body(x, source, mask=mask, source_mask=source_mask, causal=causal, cache=cache)
             x = x[:, :1] if short else x
         return Encoded(tokens=x, pooled=x[:, 0] if self.pooler is None else self.pooler(x[:, 0]), mask=None if short else mask)
+
+    def places(self, text: Tensor, start: int) -> Tensor:
+        """Hook: positions [1,L,D] or [B,L,D] of text [B,L] behind `start` tokens."""
+        return self.position[:, start:start + text.shape[1]]
 
     def pooled(self, text: Tensor, /) -> Tensor:
         """text [B,L] -> `self(text).pooled` [B,D], the same numbers for less."""

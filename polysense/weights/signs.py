@@ -59,6 +59,7 @@ SIGNS: dict[tuple[str, str], str] = {
     ("nfnet", "timm"): r"stages\.0\.0\.skipinit_gain",
     ("alexnet", "torchvision"): r"classifier\.1\.weight",
     ("bert", "hf"): r"(bert\.)?embeddings\.word_embeddings\.weight",
+    ("bert", "roberta"): r"(roberta\.)?embeddings\.word_embeddings\.weight",
 }
 
 
