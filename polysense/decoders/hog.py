@@ -36,7 +36,9 @@ def hog(image: Tensor, bins: int = 9, cell: int = 8, norm: str = "cell") -> Tens
         raise UserError(f"an image of {image.shape[-2]}x{image.shape[-1]} pixels does not divide into cells of {cell}", "choose multiples")
     gx, gy = gradients(image.float())
     bin_ = (torch.atan2(gx, gy) / pi * bins).floor().long() % bins
-    magnitude = torch.hypot(gx, gy)
+    squared = gx.square() + gy.square()
+    some = squared > 0
+    magnitude = squared.where(some, 1.0).sqrt().where(some, 0.0)                          # the root of zero would have no finite gradient
     b, c, height, width = image.shape
     h, w = height // cell, width // cell
     # One index_add for everything: the histogram that a pixel belongs to, and in it the bin of its direction.

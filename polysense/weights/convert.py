@@ -36,7 +36,7 @@ def export(system_state: State, config: Any, layout: Layout, path: str | Path, f
     theirs = layout.write(config)
     if feed is not None:
         for key, value in layout.feed(feed).items():
-            theirs[key] = {**theirs.get(key, {}), **value}
+            theirs[key] = {**theirs.get(key, {}), **value} if isinstance(value, dict) else value
     return write_checkpoint(path, theirs, layout.keymap(config).save(system_state), layout)
 
 

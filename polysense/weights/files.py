@@ -18,7 +18,7 @@ from torch import Tensor
 from polysense.base.errors import UserError
 from polysense.weights.torchscript import is_torchscript, read_torchscript
 
-PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
+PICKLES = (".pt", ".pth", ".pyth", ".bin", ".ckpt", ".tar")
 PREFERRED = ("model.safetensors", "model.safetensors.index.json", "open_clip_model.safetensors", "open_clip_pytorch_model.bin",
              "pytorch_model.bin", "pytorch_model.bin.index.json")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
@@ -99,7 +99,7 @@ def _read_pickle(path: Path) -> Any:
 
 
 def _bare(loaded: Any, path: Path) -> dict[str, Tensor]:
-    for wrapper in ("state_dict", "model_state_dict", "model", "module"):
+    for wrapper in ("state_dict", "model_state_dict", "model_state", "model", "module"):
         if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):  # type: ignore[union-attr]
             loaded = cast(dict[str, Any], loaded)[wrapper]
     out = {str(k): v for k, v in cast(dict[Any, Any], loaded).items() if isinstance(v, Tensor)} if isinstance(loaded, dict) else {}

@@ -113,7 +113,7 @@ def test_timms_fine_tuning_head(image):
     timm = reference("timm.models.beit")
     model = shake(timm.Beit(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4, mlp_ratio=2, num_classes=5, init_values=0.1,
                             use_rel_pos_bias=True, use_abs_pos_emb=False))
-    base = beit.tower(32, 8, 32, 2, 4, 0.1, 0.0)
+    base = beit.shared_bias(32, 8, 32, 2, 4, 0.1, 0.0)
     plan = beit.BEiTClassifier.Config(backbone=beit.finer(base, 0.0).but(**{"body.block.mlp.hidden": 64}),
                                       head=beit.NormLinear.Config(into=32, out=5))
     ours, state = plan.build().eval(), {}

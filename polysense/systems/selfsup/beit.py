@@ -22,16 +22,13 @@ from polysense.decoders.codes import CodeHead, CodeTarget
 from polysense.decoders.dvae import DVAECodec, DVAEEncoder
 from polysense.decoders.vq_codec import ConvDecoder, ConvEncoder, VectorQuantizer, VQCodec
 from polysense.mechanisms.mask_sampler import BlockMask, FillHidden
-from polysense.nn.attention import Attention
 from polysense.nn.block import PreNorm
 from polysense.nn.head import NormLinear
-from polysense.nn.init import RescaledInit
-from polysense.nn.norm import LayerNorm
-from polysense.nn.relative import BiasedAttention, BiasedTransformer, RelativeBias
+from polysense.nn.relative import BiasedAttention, BiasedTransformer
 from polysense.nn.transformer import Transformer
 from polysense.objectives.classify import softmax_ce
 from polysense.objectives.codes import masked_ce
-from polysense.towers.beit import BeitTower
+from polysense.towers.beit import BeitTower, shared_bias
 from polysense.weights import beit
 
 card = Card(
@@ -78,15 +75,6 @@ class BEiTClassifier(Classifier):
         return Losses(label=softmax_ce(self.classify(batch["image"]), batch["label"], self.smoothing))
 
 
-def tower(size: int, patch: int, width: int, depth: int, heads: int, scale: float, drop_path: float, eps: float = 1e-6) -> BeitTower.Config:
-    """Pre-training: one table of relative positions for all layers, and a final norm."""
-    norm = LayerNorm.Config(eps=eps)
-    return BeitTower.Config(image_size=size, patch=patch, pool="mean", body=BiasedTransformer.Config(
-        width=width, depth=depth, heads=heads, norm=norm, drop_path=drop_path, init=RescaledInit.Config(),
-        relative=RelativeBias.Config(grid=(size // patch, size // patch)),
-        block=PreNorm.Config(attn=Attention.Config(bias="q v out"), norm=norm, layer_scale=scale)))
-
-
 def finer(base: BeitTower.Config, drop_path: float) -> BeitTower.Config:
     """Fine-tuning: a table for each layer, the norm moves behind the pooling."""
     body = base.body
@@ -113,7 +101,7 @@ def tiny() -> Preset:
     the table of positions, which has to grow from zero, learns faster than the rest."""
     codec = VQCodec.Config(encoder=ConvEncoder.Config(width=64, hidden=32, out=16), quantizer=VectorQuantizer.Config(
         codes=64, width=16, decay=0.9, idle=0.05, std=0.5), decoder=ConvDecoder.Config(into=16, width=64, hidden=32))
-    return preset(64, tower(64, 8, 96, 4, 3, 1.0, 0.0), 25, 6,
+    return preset(64, shared_bias(64, 8, 96, 4, 3, 1.0, 0.0), 25, 6,
                   CodeTarget.Config(codec=codec, size=32, mean=MEAN, std=STD, codec_mean=HALF, codec_std=HALF),
                   Start(into="target.codec", from_="vq_vae", take="codec", preset="small"), "scenes", 0.4, Stage(
                       objective=BEiT.losses, trainable=LEARNS, steps=500, batch_size=64,
@@ -124,7 +112,7 @@ def paper() -> Preset:
     """ViT-B/16 on ImageNet-1k, 800 epochs of batch 2048 (appendix G); codes of DALL-E's tokenizer at 112 px."""
     epoch = 1_281_167 // 2048
     target = CodeTarget.Config(codec=DVAECodec.Config(encoder=DVAEEncoder.Config(codes=8192), decoder=None), size=112, mean=MEAN, std=STD)
-    return preset(224, tower(224, 16, 768, 12, 12, 0.1, 0.1), 75, 16, target,
+    return preset(224, shared_bias(224, 16, 768, 12, 12, 0.1, 0.1), 75, 16, target,
                   Start(into="target.codec.encoder", from_="dalle_dvae", take="codec.encoder", preset="paper"), "imagenet1k", 0.08, Stage(
                       objective=BEiT.losses, trainable=LEARNS, steps=800 * epoch, batch_size=2048,
                       optim=Optim(lr=1.5e-3, weight_decay=0.05, warmup=10 * epoch, clip=3.0, final=1e-5 / 1.5e-3)))
