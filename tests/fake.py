@@ -32,6 +32,12 @@ def fake_batch(preset: Preset, keys: tuple[str, ...], n: int = 4, seed: int = 0)
             if getattr(feed.text, "new", ()):            # every text has the new words
                 text[:, 1] = feed.text.vocab
             made[key] = text
+        elif key == "names":
+            count = getattr(getattr(preset.config, "text", None), "classes", CLASSES)
+            names = torch.randint(5, 60, (1, count, 6), generator=g)
+            names[..., 0], names[..., -1] = 1, 2
+            names[..., 1] = 60 + torch.arange(count)                              # no two are called the same
+            made[key] = names.expand(n, -1, -1)
         elif key == "segment":
             made[key] = (torch.arange(8) > 3).long().expand(n, -1)
         elif key == "follows":

@@ -28,6 +28,7 @@ VOCABULARY: dict[str, Key] = {
     "follows": Key("B", "int", "1 where the second sentence of `text` goes on from the first, 0 where it is from elsewhere"),
     "text_mask": Key("B L", "bool", "True where `text` holds a real token, False on padding"),
     "label": Key("B", "int", "class number"),
+    "names": Key("B C L", "int", "token ids of what each of the C classes is called, the same for every sample"),
     "tags": Key("B C", "float", "multi-label targets, 0 or 1"),
     "video": Key("B T 3 H W", "float", "frames, normalised"),
     "video_mask": Key("B T", "bool", "True where `video` holds a real frame, False on padding"),

@@ -77,6 +77,14 @@ class DropoutPlan(TextPlan):
 
 
 @dataclass(frozen=True, kw_only=True)
+class NamedPlan(TextPlan):
+    """Text of a system that learned what stands around the name of a class (CoOp): how a name is put, in training and wherever nothing else is
+    asked for."""
+    template: str = "{}."
+    plain = WordsPlan.plain
+
+
+@dataclass(frozen=True, kw_only=True)
 class PairPlan(TextPlan):
     """Two sentences in one text in training, start A end B end: in half of them B is what follows A, in the others it is from elsewhere (BERT)."""
 

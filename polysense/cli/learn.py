@@ -37,7 +37,8 @@ def train(id: Id,
           parallel: Annotated[str, typer.Option(metavar="ddp|fsdp", help="Under torchrun: how ranks share the work.")] = "ddp",
           adapt: Annotated[str | None, typer.Option(metavar="HOW", help="Freeze the system and train a mechanism on it: "
                                                     "lora:rank=8,on=\"vision.*.q|v\"; qlora, prefix_tuning, freeze_tuning.")] = None,
-          base: Annotated[Path | None, typer.Option(metavar="RUN", help="With --adapt: the run it goes onto.  [default: the preset, trained once]")]
+          base: Annotated[Path | None, typer.Option(metavar="RUN", help="With --adapt: the run it goes onto; else the run that a system such as "
+                                                  "coop stands on.  [default: the preset, trained once]")]
           = None,
           no_preflight: Annotated[bool, typer.Option("--no-preflight", help="Skip the second of checks before the first step.")] = False,
           as_json: Json = False) -> None:
@@ -78,7 +79,14 @@ def train(id: Id,
             return draw(events, id, minutes, as_json)
         seed = before["seed"] if seed is None else seed
     if base and not adapt:
-        raise UserError("--base is what --adapt goes onto", "say --adapt too; to train on with all weights, see --resume")
+        from polysense.base.catalogue import preset_of
+        from polysense.train.adapting import standing
+        from polysense.train.run import override, shortened
+
+        plan = override(standing(id, preset_of(id, preset or "tiny"), base), changes)
+        plan = plan.but(data=data) if data else plan
+        plan = shortened(plan, steps) if steps is not None else plan
+        return draw(train_preset(id, plan, card.needs, name=preset or "tiny", overrides=changes, seed=seed or 0, **options), id, minutes, as_json)
     draw(run_of(id, preset or "tiny", data=data, steps=steps, overrides=changes, seed=seed or 0, adapt=adapt, base=base, **options),
          id, minutes, as_json)
 

@@ -36,8 +36,8 @@ TALK = {"chat", "chat_reply", "brief", "brief_reply"}   # conversations: made of
 EPISODE = {"episode", "images"}                         # several samples in one: as an EpisodePlan says
 MADE_OF = {"segment": "text", "follows": "text",
            "crops": "views", "chat": "question", "chat_reply": "question", "brief": "text", "brief_reply": "text", "episode": "text",
-           "images": "image", "retold": "text"}
-TEXTS = {*PAIR, "text", "text_mask", "retold", "question", "answer", "episode"} | TALK                     # what takes a tokenizer
+           "images": "image", "retold": "text", "names": "label"}
+TEXTS = {*PAIR, "text", "text_mask", "retold", "names", "question", "answer", "episode"} | TALK                    # what takes a tokenizer
 RECENT = 64                                             # batches whose ids are kept for `names`
 
 
@@ -58,7 +58,7 @@ class Made:
 def makeable(feed: Feed, train: bool) -> set[str]:
     """The batch keys that a feed says how to make."""
     picture = (feed.image or (feed.train_image if train else None)) is not None
-    texts = {"text", "text_mask", "retold", "question", "answer"} | (TALK if isinstance(feed.text, ChatPlan) else set())
+    texts = {"text", "text_mask", "retold", "names", "question", "answer"} | (TALK if isinstance(feed.text, ChatPlan) else set())
     geometry, moving = {"image", "boxes", "box_label", "polygon", "keypoints", "mask", "depth", "hint", "edited"}, {"video", "video_mask"}
     return ({k for k in VOCABULARY if k not in PAIR | TALK | EPISODE | texts | geometry | moving | {"views", "crops"}}
             | (geometry if picture else set())
@@ -115,10 +115,18 @@ class Maker:
         largest = getattr(source, "largest", None)
         self.canvas = min(views.canvas_side(self.work), -(-largest // 8) * 8) if self.plans and largest else views.canvas_side(self.work)
         self.reads = self._reads()
+        self.names = self._names() if "names" in self.keys else torch.empty(0)
         self.split = Splitter(tokenizer, feed.text.dropout) if train and tokenizer and isinstance(feed.text, DropoutPlan) else None
         told = isinstance(feed.text, PairPlan | PackPlan) and {"text", "text_mask", *PAIR}.intersection(self.keys)
         self.sentences = Sentences(feed.text, tokenizer, source) if told else None
         self._start()
+
+    def _names(self) -> Tensor:
+        """Token ids [1,C,L] of the names of all classes, each put as the feed says."""
+        if not getattr(self.source, "classes", ()):
+            raise UserError(f"{self.source.name} has labels without names", "take data whose classes have names")
+        template = getattr(self.feed.text, "template", "{}")
+        return self.tokenizer([template.replace("{}", c.replace("_", " ")) for c in self.source.classes])[None]
 
     def _start(self) -> None:
         self._kept: dict[int, tuple[Sample, dict[str, np.ndarray]]] = {}
@@ -393,6 +401,8 @@ class Maker:
             if "retold" in self.keys:
                 draws = [np.random.default_rng([self.seed, step, 4, self.rank * local + i]) for i in range(len(said))]
                 batch["retold"] = self.tokenizer([eda(t, rng) for t, rng in zip(said, draws)])
+        if "names" in self.keys:
+            batch["names"] = self.names.expand(len(abouts), -1, -1)
         if "question" in self.keys or "answer" in self.keys:
             asked = [pick(a.get("qa") or [(a["question"], a.get("answer", ""))], u) for a, u in zip(abouts, chance)]
             batch["question"], batch["answer"] = self.tokenizer([q for q, _ in asked]), self.tokenizer([str(a) for _, a in asked])

@@ -164,11 +164,11 @@ class Pipeline(Clips, Talk):
         return _ranked(images, softmax(logits), labels, top)
 
     def classify(self, images: Sequence[Any], classes: Sequence[str] | None = None, *, top: int | None = 5) -> list[Labelled]:
-        """The classes that the system was trained on, most probable first; without names they are called by their numbers."""
+        """The classes that the system was trained on, most probable first; without names, and where the system keeps none, by their numbers."""
         self._need("classify")
         images = _listed(images)
         logits = np.concatenate([self._run("classify", self.read_images(images[i:i + 64])) for i in range(0, len(images), 64)])
-        names = [str(i) for i in range(logits.shape[1])] if classes is None else list(classes)
+        names = self._called(logits.shape[1]) if classes is None else list(classes)
         if len(names) != logits.shape[1]:
             raise UserError(f"{len(names)} class names were given", f"the system knows {logits.shape[1]} classes")
         return _ranked(images, softmax(logits), names, top)
@@ -176,6 +176,13 @@ class Pipeline(Clips, Talk):
     def explain(self, image: Any, text: str | np.ndarray, *, words: int = 4) -> Explanation:
         """Where in a picture a text (or a feature [D] in the same space) matches: one heat-map for the whole text, and one each for at most
         `words` of its words that matched: they fit the picture, or win some of its patches, against texts that say nothing."""
+    def _called(self, classes: int) -> list[str]:
+        """What the classes are called: by a system that keeps their names as ids (`text.names`), else by their numbers."""
+        ids = getattr(getattr(self.system, "text", None), "names", None)
+        if ids is None or self.tokenizer is None or len(ids) != classes:
+            return [str(i) for i in range(classes)]
+        return [self.tokenizer.decode(row).removesuffix(".").strip() for row in ids.cpu()]
+
         self._need("encode_patches", "encode_text")
         plan, picture = self._image_plan(), decode(image)
         tensor = self.read_images([picture])

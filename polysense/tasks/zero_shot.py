@@ -40,7 +40,10 @@ def judged(exam: str, subject: Any, seen: Features, templates: str | Sequence[st
 
 
 def zero_shot_classifier(subject: Any, names: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """One unit row [C,D] a class: each prompt normalised, their mean normalised again."""
+    """One unit row [C,D] a class: each prompt normalised, their mean normalised again. Where no template is asked for, a system that learned what
+    stands around a name (CoOp) puts it as its feed says."""
+    own = getattr(subject.preset.feed.text, "template", "")
+    templates = (own,) if own and tuple(templates) == TEMPLATES["default"] else templates
     return rows_of(subject, [[t.replace("{}", name) for t in templates] for name in names])
 
 

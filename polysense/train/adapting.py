@@ -64,6 +64,17 @@ def adapted(id: str, name: str, plan: Preset, text: str, base: str | Path | None
     return adapter.onto(plan.but(config=whole.config, feed=whole.feed), RunStart(into="", from_=id, preset=facts["preset"], folder=str(folder)))
 
 
+def standing(id: str, plan: Preset, base: str | Path) -> Preset:
+    """The plan of a system that stands on another one (CoOp on CLIP), on a run of yours in place of the one that its Start would train."""
+    recipe, folder = load(id), Path(base).expanduser().absolute()
+    if not hasattr(recipe, "onto"):
+        able = ", ".join(c.id for c in catalogue().values() if hasattr(load(c.id), "onto"))
+        raise UserError(f"{id} does not stand on a run", f"--base is what --adapt goes onto, or what {able} stands on; to train on, see --resume")
+    facts = read_facts(folder)
+    start = RunStart(into="", from_=facts["system"], preset=facts["preset"], folder=str(folder))
+    return recipe.onto(plan, from_dict(facts["plan"]), start)
+
+
 def fingerprint(system: nn.Module, but: Iterable[str]) -> str:
     """Sixteen hex digits of everything in a system that its adapter does not hold: names, shapes, bytes."""
     h, left = hashlib.blake2b(digest_size=8), set(but)

@@ -12,7 +12,7 @@ from polysense.base.plan import Preset, Stage, WordsPlan
 from polysense.base.spec import Spec
 from polysense.train.parallel import World
 
-TEXTS = {"text", "text_mask", "question", "answer", "chat", "chat_reply", "brief", "brief_reply", "episode"}     # made with a tokenizer
+TEXTS = {"text", "text_mask", "names", "question", "answer", "chat", "chat_reply", "brief", "brief_reply", "episode"}     # made with a tokenizer
 
 
 class Stream(Protocol):
@@ -73,7 +73,7 @@ class SourceFeeding:
         from polysense.data.tokenizer import load_tokenizer, make_tokenizer
 
         def make() -> Any:
-            return lent if lent is not None and lent.plan == plan else make_tokenizer(plan, texts_of(self.source, plan))
+            return lent if lent is not None and lent.plan == getattr(plan, "plain", plan) else make_tokenizer(plan, texts_of(self.source, plan))
 
         def load(folder: Path) -> Any:
             return load_tokenizer(folder, plan)

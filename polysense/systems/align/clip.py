@@ -58,6 +58,11 @@ def tiny_vit() -> Preset:
         **{"stages.0.optim.lr": 5e-4})
 
 
+def tiny_photos() -> Preset:
+    """The same on photographs: scenes with human captions, products with their titles."""
+    return tiny().but(data="natural_captions+fashion_products")
+
+
 def _paper(of: CLIP.Config, size: int, lr: float, betas: tuple[float, float] = (0.9, 0.98), eps: float = 1e-6) -> Preset:
     return Preset(
         data="wit400m", config=of,
