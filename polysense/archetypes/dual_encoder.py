@@ -2,6 +2,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import log
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +66,12 @@ class DualEncoder(System):
         """`image` and `text`, unit norm [B,D]. A batch with `features` of a locked image tower is used in place of its pictures."""
         return {"image": self.from_features(batch["features"]) if "features" in batch else self.encode_image(batch["image"]),
                 "text": self.encode_text(batch["text"])}
+
+    def embed_part(self, batch: Batch, sampler: Any) -> dict[str, Tensor]:
+        """As `embed`, of pictures of which only a random part is read, anew for each (Li et al. 2023, FLIP). sampler: of mechanisms.mask_sampler."""
+        image = batch["image"]
+        masking = sampler(len(image), self.vision.grid_of(image), image.device)
+        return {"image": self.encode_part(image, masking), "text": self.encode_text(batch["text"])}
 
     def compare(self, seen: dict[str, Tensor]) -> Losses:
         """The symmetric cross-entropy over all pairs of the global batch (Radford et al. 2021, figure 3)."""

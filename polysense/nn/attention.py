@@ -117,7 +117,7 @@ class Attention(Part):
             else:
                 mask = mask & earlier if mask.dtype == torch.bool else mask.masked_fill(~earlier, -torch.inf)
             causal = False
-        return self.out(self.mix(q, k, v, mask, causal).transpose(1, 2).flatten(2))
+        return self.out(self.joined(self.mix(q, k, v, mask, causal).transpose(1, 2).flatten(2)))
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         """q [B,N,T,H], k and v [B,M,S,H] -> [B,N,T,H]. `maps.mixing` puts another function in its place for a while."""
@@ -127,10 +127,14 @@ class Attention(Part):
         """Hook: keys and values [B,M,S,H] with what stands beside the source's own, and the mask that goes with them."""
         return k, v, mask
 
+    def joined(self, x: Tensor) -> Tensor:
+        """Hook: what all heads say, side by side [B,T,N H], on its way into the output linear."""
+        return x
+
     def values(self, x: Tensor) -> Tensor:
         """x [B,T,D] -> [B,T,D], each token's own value through the output linear, without mixing (MaskCLIP, Zhou et al. 2022, section 3.2)."""
         v = self.v(lowered(x)).unflatten(-1, (self.kv_heads, -1))
-        return self.out(v.repeat_interleave(self.heads // self.kv_heads, -2).flatten(-2))
+        return self.out(self.joined(v.repeat_interleave(self.heads // self.kv_heads, -2).flatten(-2)))
 
     def weights(self, x: Tensor, source: Tensor | None = None, *, mask: Tensor | None = None) -> Tensor:
         """x [B,T,D], source [B,S,source] -> softmax(q k^T / sqrt(H)) [B,N,T,S], to be looked at (Grad-CAM, roll-out); no rotary positions."""
@@ -147,7 +151,7 @@ class Attention(Part):
     def mixed(self, weights: Tensor, source: Tensor) -> Tensor:
         """What forward makes of given weights [B,N,T,S] and the tokens they read [B,S,source] -> [B,T,D]."""
         v = self.v(source).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2).repeat_interleave(self.heads // self.kv_heads, 1)
-        return self.out((weights @ v).transpose(1, 2).flatten(2))
+        return self.out(self.joined((weights @ v).transpose(1, 2).flatten(2)))
 
 
 class BiasAttention(Attention):

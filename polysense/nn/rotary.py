@@ -48,3 +48,39 @@ class Rotary(Part):
         cos, sin = by.cos.to(x.dtype), by.sin.to(x.dtype)
         a, b, rest = x[..., :half], x[..., half:self.turned], x[..., self.turned:]
         return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
+
+
+class GridRotary(Rotary):
+    """The same for patches of a picture: of the pairs of a head, half turn by the row and half by the column (Fang et al. 2023, EVA-02).
+
+    A place [.., T, 2] is (row, column) in units of the grid of pre-training, `grid` to a side: a finer grid turns by fractions. What stands at (0, 0)
+    is not turned, and so a class token is put there.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Rotary.Config):
+        grid: int = 16
+
+    def __init__(self, c: Config):
+        super().__init__(c)
+        if self.turned % 4:
+            raise UserError(f"{self.turned} features of a head do not split into pairs for rows and columns", "choose a multiple of four")
+        self.grid = c.grid
+
+    def places(self, grid: tuple[int, int], prefix: int, keep: Tensor | None = None, device: torch.device | None = None) -> Tensor:
+        """Where the tokens of a picture stand: `prefix` at (0, 0), then the patches of a grid (h, w) in row order -> [T,2]; those that are kept
+        (keep [B,K]) -> [B,prefix + K,2]."""
+        axes = (torch.arange(n, device=device, dtype=torch.float32) * (self.grid / n) for n in grid)
+        place = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 1)
+        place = place if keep is None else place[keep]
+        return torch.cat([place.new_zeros(*place.shape[:-2], prefix, 2), place], -2)
+
+    def turn(self, position: Tensor) -> Turn:
+        """position [T,2] or [B,T,2] -> its angles."""
+        if position.ndim < 2 or position.shape[-1] != 2:
+            raise UserError(f"positions of shape {list(position.shape)} are no places of a grid", "give (row, column): [T,2] or [B,T,2]")
+        quarter = self.turned // 4
+        speed = self.base ** (-torch.arange(quarter, device=position.device, dtype=torch.float32) / quarter)
+        angle = (position.to(torch.float32)[..., None] * speed).flatten(-2)
+        angle = angle if position.ndim == 2 else angle[:, None]
+        return Turn(angle.cos(), angle.sin())

@@ -13,3 +13,10 @@ def masked_mse(prediction: Tensor, target: Tensor) -> Tensor:
     if prediction.shape != target.shape:
         raise UserError(f"predictions {list(prediction.shape)} and targets {list(target.shape)}", "they are of the same hidden patches")
     return torch.nn.functional.mse_loss(prediction.float(), target.float())
+
+
+def masked_cosine(prediction: Tensor, target: Tensor) -> Tensor:
+    """1 - cosine, mean over hidden patches, [M,D] or [B,M,D] each, in float32 (Fang et al. 2023, EVA, section 2.1): lengths do not count. Scalar."""
+    if prediction.shape != target.shape:
+        raise UserError(f"predictions {list(prediction.shape)} and targets {list(target.shape)}", "they are of the same hidden patches")
+    return 1 - torch.nn.functional.cosine_similarity(prediction.float(), target.float(), dim=-1).mean()

@@ -1,6 +1,7 @@
 """ViT. Shapes: B batch, N patches, T tokens (prefix + N), D width, h w patch grid."""
 from dataclasses import dataclass
 from math import isqrt
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -115,9 +116,15 @@ class ViT(Tower):
         short: only `pooled` is wanted; where that is the class token, the last block computes nothing else and tokens are [B,1,D].
         Raises UserError for a wrong number of channels or a size that the patch does not divide.
         """
-        x = self.embed(image, keep, fill)[0]
-        x = self.body(x, at=torch.zeros(len(x), dtype=torch.long, device=x.device) if short and self.pool == "cls" else None)
+        x, grid = self.embed(image, keep, fill)
+        place = self.place(x, grid, keep)
+        at = torch.zeros(len(x), dtype=torch.long, device=x.device) if short and self.pool == "cls" and place is None else None
+        x = self.body(x, at=at, position=place)
         return Encoded(tokens=x, pooled=self._pool(x))
+
+    def place(self, x: Tensor, grid: tuple[int, int], keep: Tensor | None = None) -> Any:
+        """Hook: what the blocks' attentions take as the position of the tokens x [B,T,D] of a grid; None where these carry it themselves."""
+        return None
 
     def pooled(self, image: Tensor, /) -> Tensor:
         """image [B,C,H,W] -> `self(image).pooled` [B,D], the same numbers for less."""
@@ -125,7 +132,8 @@ class ViT(Tower):
 
     def features(self, image: Tensor) -> list[Tensor]:
         """image [B,C,H,W] -> the tokens [B,T,D] after each block, before the final norm."""
-        return self.body.layers(self.embed(image)[0])[1:]
+        x, grid = self.embed(image)
+        return self.body.layers(x, position=self.place(x, grid))[1:]
 
     def attention(self, image: Tensor) -> Tensor:
         """image [B,C,H,W] -> [B,heads,h,w]: how the first token of the last block attends to the patches; with the prefix it sums to one.
@@ -136,15 +144,15 @@ class ViT(Tower):
             raise UserError("this tower has no class token whose attention could be shown", "build it with prefix=1")
         x, grid = self.embed(image)
         block = self.body.blocks[-1]
-        x = block.norm1(self.body.layers(x, stop=-1)[-1])
+        x = block.norm1(self.body.layers(x, position=self.place(x, grid), stop=-1)[-1])
         return block.attn.weights(x[:, :1], x)[:, :, 0, self.prefix:].unflatten(-1, grid)
 
     def dense(self, image: Tensor) -> Tensor:
         """image [B,C,H,W] -> [B,h,w,D], a feature for each patch in the space of `pooled`."""
         x, grid = self.embed(image)
         if self.dense_from == "tokens":
-            return self.body(x)[:, self.prefix:].unflatten(1, grid)
-        x = self.body.blocks[-1].unmixed(self.body.layers(x, stop=-1)[-1])
+            return self.body(x, position=self.place(x, grid))[:, self.prefix:].unflatten(1, grid)
+        x = self.body.blocks[-1].unmixed(self.body.layers(x, position=self.place(x, grid), stop=-1)[-1])
         return self.body.norm(x)[:, self.prefix:].unflatten(1, grid)
 
     def _pool(self, x: Tensor) -> Tensor:

@@ -30,12 +30,12 @@ def keymap(config: Any) -> KeyMap:
 
 
 def unpermute(heads: int) -> Op:
-    """Rows of a query or key matrix from neighbouring rotary pairs (Meta) to halves (ours), head by head."""
+    """Rows of a query or key matrix, or of its bias, from neighbouring rotary pairs (Meta, EVA) to halves (ours), head by head."""
     def load(t: list[Tensor]) -> list[Tensor]:
-        return [t[0].reshape(heads, -1, 2, t[0].shape[-1]).transpose(1, 2).reshape(t[0].shape)]
+        return [t[0].reshape(heads, -1, 2, *t[0].shape[1:]).transpose(1, 2).reshape(t[0].shape)]
 
     def save(t: list[Tensor]) -> list[Tensor]:
-        return [t[0].reshape(heads, 2, -1, t[0].shape[-1]).transpose(1, 2).reshape(t[0].shape)]
+        return [t[0].reshape(heads, 2, -1, *t[0].shape[1:]).transpose(1, 2).reshape(t[0].shape)]
     return Op("unpermute_rope", load, save)
 
 

@@ -46,9 +46,7 @@ class FLIP(DualEncoder):
 
     def embed_masked(self, batch: Batch) -> dict[str, Tensor]:
         """As `embed`, of pictures of which only a random part is read."""
-        image = batch["image"]
-        masking = self.sampler(len(image), self.vision.grid_of(image), image.device)
-        return {"image": self.encode_part(image, masking), "text": self.encode_text(batch["text"])}
+        return self.embed_part(batch, self.sampler)
 
 
 def config(size: int, patch: int, image: tuple[int, int, int], text: tuple[int, int, int], dim: int, vocab: int, length: int,
