@@ -9,7 +9,7 @@ from torch import Tensor
 from polysense.base.batch import Batch
 from polysense.base.plan import Feed
 from polysense.data.loader import Loader
-from polysense.data.sources import ListSource, Source
+from polysense.data.sources import ListSource, Source, Subset
 
 
 def kept(samples: Source) -> ListSource:
@@ -33,3 +33,8 @@ def batches(whole: dict[str, Tensor], size: int, seed: int) -> Iterator[Batch]:
     while True:
         for rows in torch.randperm(n, generator=lot)[:n // size * size].split(size):
             yield {key: value[rows] for key, value in whole.items()}
+
+
+def large(scenes: Any) -> Subset:
+    """The scenes whose thing is large: at 32 pixels the small ones are four pixels wide, and a short run learns backgrounds."""
+    return Subset(scenes, [i for i in range(len(scenes)) if max(scenes.scene(i).things, key=lambda t: t.r).size == "large"])

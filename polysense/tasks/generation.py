@@ -3,6 +3,7 @@
 The features are those of a small classifier that is taught, always in the same way, on real training pictures of the data at hand; published
 FIDs are taken on Inception's and are not comparable. All systems examined on the same data are.
 """
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -36,8 +37,10 @@ class Judge(nn.Module):
         return self.head(self.features(image))
 
 
-def teach(train: Any, plan: ImagePlan, *, steps: int = 400, batch_size: int = 128, seed: int = 0) -> Judge:
-    """The judge of a source with labels, at the size and normalisation of `plan`; the same for the same arguments."""
+def teach(train: Any, plan: ImagePlan, *, steps: int = 400, batch_size: int = 128, seed: int = 0,
+          fed: Iterable[dict[str, Tensor]] | None = None) -> Judge:
+    """The judge of a source with labels, at the size and normalisation of `plan`; the same for the same arguments. fed: batches of image and label
+    to learn from, where the source's pictures are in memory already."""
     classes = len(train.classes)
     if classes < 2:
         raise UserError(f"{train.name} has {classes} classes", "the judge learns to tell classes apart: take data with labels")
@@ -46,7 +49,7 @@ def teach(train: Any, plan: ImagePlan, *, steps: int = 400, batch_size: int = 12
         judge = Judge(classes).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(judge.parameters(), lr=3e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
-    fed = Loader(train, Feed(image=plan), None, batch_size=batch_size, seed=seed, needs=("image", "label"))
+    fed = fed or Loader(train, Feed(image=plan), None, batch_size=batch_size, seed=seed, needs=("image", "label"))
     with torch.inference_mode(False), torch.enable_grad():
         for _, batch in zip(range(steps), fed):
             loss = F.cross_entropy(judge(batch["image"]), batch["label"])
