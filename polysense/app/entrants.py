@@ -5,7 +5,7 @@ augmentation of the paired view, the batch size. A tower that a Start brings sta
 was given is tried on a few samples; where it does not, it keeps its own, and a note says so. Optimisers and all that makes a recipe itself
 (views, queues, extra terms) stay the recipe's.
 """
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -187,22 +187,34 @@ def pictures_like(feed: Any, reference: Any) -> Any:
 
 
 class Tokenizers:
-    """Tokenizers of a source, made once for each plan."""
+    """A source as feeds tell it, and the tokenizers of its texts, each made once. Whoever judges pictures is asked only when the run begins."""
 
     def __init__(self, source: Any):
-        self.source, self.made = source, list[tuple[Any, Any]]()
+        self.source, self.sources, self.made = source, list[tuple[Any, Any]](), list[tuple[Any, Any]]()
 
-    def __call__(self, plan: Any) -> Any:
-        if plan is None:
+    def told(self, feed: Any) -> Any:
+        """The source of a feed. UserError where the data do not hold what it tells."""
+        from polysense.data.told import tellings, told
+
+        return once(self.sources, tellings(feed), lambda: told(self.source, feed))
+
+    def __call__(self, feed: Any) -> Any:
+        if feed.text is None:
             return None
-        for known, tokenizer in self.made:
-            if known == plan:
-                return tokenizer
         from polysense.data.chat import texts_of
         from polysense.data.tokenizer import make_tokenizer
+        from polysense.data.told import tellings
 
-        self.made.append((plan, make_tokenizer(plan, texts_of(self.source, plan))))
-        return self.made[-1][1]
+        return once(self.made, (feed.text, tellings(feed)), lambda: make_tokenizer(feed.text, texts_of(self.told(feed), feed.text)))
+
+
+def once(made: list[tuple[Any, Any]], key: Any, make: Callable[[], Any]) -> Any:
+    """What was made for an equal key, or is made now."""
+    for known, thing in made:
+        if known == key:
+            return thing
+    made.append((key, make()))
+    return made[-1][1]
 
 
 def tried(e: Entrant, plan: Preset, tokenizers: Tokenizers) -> str:
@@ -211,7 +223,7 @@ def tried(e: Entrant, plan: Preset, tokenizers: Tokenizers) -> str:
 
     with torch.random.fork_rng(devices=[]):
         try:
-            loader = Loader(tokenizers.source, plan.feed, tokenizers(plan.feed.text), batch_size=TRIED, seed=0, needs=e.needs, workers=0)
+            loader = Loader(tokenizers.told(plan.feed), plan.feed, tokenizers(plan.feed), batch_size=TRIED, seed=0, needs=e.needs, workers=0)
             batch = next(iter(loader))
             system = plan.config.build()
             for stage in plan.stages:
@@ -265,7 +277,7 @@ def line_up(systems: Iterable[str], data: str, budget: Budget, *, vary: Sequence
 
         try:
             load(e.id)
-            check_needs(e.needs, train.offers, e.plan.feed, train.name, True)
+            check_needs(e.needs, tokenizers.told(e.plan.feed).offers, e.plan.feed, train.name, True)
         except UserError as error:
             out.append(Entrant(e.label, e.id, e.preset, e.plan, e.changes, e.notes, why=str(error)))
             continue

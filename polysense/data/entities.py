@@ -5,9 +5,12 @@ cosine with "name, description", decides which are meant and drops what the pict
 """
 from __future__ import annotations
 
+import json
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from polysense.base.errors import UserError
 from polysense.data.knowledge import WORD, lemmas
@@ -42,6 +45,22 @@ class EntityBase:
             raise UserError("a knowledge base needs entities, each with an id of its own", "check the file")
         self.longest = max(map(len, self.named))
 
+    @staticmethod
+    def read(path: str | Path) -> EntityBase:
+        """Lines of JSON, `{"id": "Q35694", "name": "jaguar", "description": "a big spotted cat"}`; without an id the name is one. UserError for
+        a file that is none."""
+        try:
+            rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+            return EntityBase(Entity(str(r.get("id", r["name"])), str(r["name"]), str(r.get("description", ""))) for r in rows)
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"{path} is no knowledge base ({type(error).__name__}: {error})",
+                            'each line is {"id": ..., "name": ..., "description": ...}') from error
+
+    def write(self, path: str | Path) -> Path:
+        """All entities as lines that `read` takes back."""
+        Path(path).write_text("".join(json.dumps(asdict(e), ensure_ascii=False) + "\n" for e in self.entities), encoding="utf-8")
+        return Path(path)
+
     def mentioned(self, text: str) -> list[list[int]]:
         """For each name found in a text, from left to right, the entities it may stand for. The longest name counts; plurals are read."""
         words, out, at = WORD.findall(text.lower()), list[list[int]](), 0
@@ -68,18 +87,39 @@ class EntityBase:
         return sorted(best.items(), key=lambda item: -item[1])
 
 
-def linked(source: Source, base: EntityBase, score: Score, threshold: float, rare: int = 1) -> Retold:
-    """The source with entities as labels: each sample's best one, among those that at least `rare` samples have; none becomes no label.
+Links = list[dict[int, float]]                                       # of each sample: entity -> score
 
-    The captions of a labelled sample are its own and the entity's text; classes are the ids of the entities.
-    """
-    found: list[int] = []
+
+def links_of(source: Source, base: EntityBase, score: Score) -> Links:
+    """What the texts of each sample name, with how well it fits the picture; of a name's candidates the one that fits best."""
+    found: Links = []
     for i in range(len(source)):
-        links = [link for text in source.about(i)["captions"] for link in base.link(text, lambda texts, i=i: score(i, texts), threshold)]
-        found.append(max(links, key=lambda link: link[1])[0] if links else NO_LABEL)
-    often = Counter(found)
-    label = [e if e >= 0 and often[e] >= rare else NO_LABEL for e in found]
+        best: dict[int, float] = {}
+        for text in source.about(i).get("captions", ()):
+            for e, s in base.link(text, lambda texts, i=i: score(i, texts), -math.inf):
+                best[e] = max(s, best.get(e, s))
+        found.append(best)
+    return found
 
+
+def labels_of(links: Links, threshold: float, rare: int = 1) -> list[int]:
+    """The best entity of each sample that reaches the threshold, among those that at least `rare` samples have; none becomes no label."""
+    kept = [{e: s for e, s in each.items() if s >= threshold} for each in links]
+    best = [max(each, key=lambda e: each[e]) if each else NO_LABEL for each in kept]
+    often = Counter(best)
+    return [e if e >= 0 and often[e] >= rare else NO_LABEL for e in best]
+
+
+def worst(links: Links, share: float) -> float:
+    """The score below which `share` of all mentions lie; -inf where none are to be dropped."""
+    scores = sorted(s for each in links for s in each.values())
+    place = share * (len(scores) - 1)
+    low = int(place) if scores else 0
+    return -math.inf if not scores or share <= 0 else scores[low] + (place - low) * (scores[min(low + 1, len(scores) - 1)] - scores[low])
+
+
+def linked(source: Source, base: EntityBase, label: Sequence[int]) -> Retold:
+    """The source with entities as labels. The captions of a labelled sample are its own and the entity's text; classes are the entities' ids."""
     def tell(i: int, about: Sample) -> Sample:
         more = [base.entities[label[i]].text] if label[i] >= 0 else []
         return about | {"label": label[i], "captions": [*about["captions"], *more]}

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from polysense.base.errors import UserError
-from polysense.data.retold import Retold
-from polysense.data.sources import Sample, Source
+from polysense.data.retold import retold
+from polysense.data.sources import Sample
 
 SUFFIXES = (("ies", "y"), ("ves", "f"), ("sses", "ss"), ("xes", "x"), ("ches", "ch"), ("shes", "sh"), ("zes", "z"), ("men", "man"), ("ing", ""),
             ("ing", "e"), ("ed", ""), ("ed", "e"), ("es", "e"), ("es", ""), ("s", ""))
@@ -50,7 +50,7 @@ class Knowledge:
         path = Path(path)
         if not path.is_file():
             raise UserError(f"no dictionary at {path}", "give a .json or .jsonl file")
-        text, out = path.read_text(encoding="utf-8"), Knowledge()
+        text, out = path.read_text(encoding="utf-8-sig", errors="replace"), Knowledge()
         try:
             if path.suffix == ".json":
                 for word, about in json.loads(text).items():
@@ -62,6 +62,14 @@ class Knowledge:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path.name} is no dictionary ({type(error).__name__}: {error})", "see data/knowledge.py for the two forms") from error
         return out
+
+    def write(self, path: str | Path) -> Path:
+        """All senses as lines of JSON that `read` takes back."""
+        rows = ({"word": word, "senses": [{"glosses": [s.gloss] if s.gloss else [], "hypernyms": list(s.kinds),
+                                           "form_of": [{"word": s.form_of}] if s.form_of else []} for s in senses]}
+                for word, senses in self.entries.items())
+        Path(path).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        return Path(path)
 
     def gloss(self, name: str) -> str:
         """What the first sense says of a name; "" where nothing is known.
@@ -104,6 +112,11 @@ class Knowledge:
         found = self.gloss(name)
         return f"{text} ; {name} , {found}" if found else text
 
+    def ask(self, text: str) -> str:
+        """A question in free words with the gloss of the first thing that it names, in the form of the texts of training; one that carries a
+        gloss already stays as it is."""
+        return text if parted(text)[1] else next((self.enrich(text, name) for name in self.concepts(text, 1)), text)
+
     def prompts(self, names: Sequence[str], templates: Sequence[str]) -> list[list[str]]:
         """For each class the templates with its name, with knowledge where there is some: rows for `zero_shot(prompts=...)`."""
         return [[self.enrich(t.replace("{}", name), name) for t in templates] for name in names]
@@ -139,18 +152,18 @@ def _sense(about: Any) -> Sense:
 def _wiktionary(senses: list[dict[str, Any]]) -> Iterable[Sense]:
     for s in senses:
         linked = next((link["word"] for key in ("form_of", "alt_of") for link in s.get(key, ())), "")
-        yield Sense(next(iter(s.get("glosses", ())), ""), (), linked)
+        yield Sense(next(iter(s.get("glosses", ())), ""), tuple(s.get("hypernyms", ())), linked)
 
 
-def informed(base: Source, knowledge: Knowledge, name: str = "") -> Retold:
+def informed(base: Any, knowledge: Knowledge, name: str = "") -> Any:
     """Every caption as it is and, once for each concept found in it, with the gloss of that concept: both kinds of text are learned. Labelled
     pictures are told first by `prompted`, whose class names are concepts like any other. An empty dictionary changes nothing."""
     def tell(i: int, about: Sample) -> Sample:
-        label = about.get("label", -1)
-        known = [base.classes[int(label)].replace("_", " ")] if base.classes and label is not None and 0 <= int(label) < len(base.classes) else []
+        label = about.get("label")
+        known = [base.classes[int(label)].replace("_", " ")] if label is not None and 0 <= int(label) < len(base.classes) else []
         said: list[str] = []
         for caption in about["captions"]:
             mentioned = [n for n in known if n.lower() in caption.lower()] or knowledge.concepts(caption)
             said += [caption, *(t for n in mentioned if (t := knowledge.enrich(caption, n)) != caption)]
         return about | {"captions": said}
-    return Retold(base, tell, name)
+    return retold(base, tell, name)

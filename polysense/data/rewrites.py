@@ -10,11 +10,13 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+from zlib import crc32
 
 import numpy as np
 
 from polysense.base.errors import UserError
-from polysense.data.retold import Retold
+from polysense.data.retold import retold, said
 from polysense.data.sources import Sample, Source
 
 Pair = tuple[str, str]
@@ -117,18 +119,41 @@ def rewrite_file(source: Source, path: str | Path, rewriter: Rewriter, pool: str
     return path
 
 
-def rewritten(source: Source, *tellings: str | Path | Sequence[str]) -> Retold:
-    """The source with M more tellings of each caption, from files or lists of lines: training draws among all M + 1 alike.
+def rewritten(source: Any, *tellings: str | Path | Sequence[str], voices: Sequence[str] = ()) -> Any:
+    """The source with M more tellings of each caption: those that a sample brings (`rewrites`), and those of files or lists of lines. Where it has
+    none, `Paraphraser` rewords it once in each voice. Training draws among all M + 1 alike.
 
-    A telling of fewer than two words counts as the original. UserError where a telling has not one line for each sample.
+    A telling of fewer than two words counts as the original; of several originals each is as often there. UserError where a telling has not one
+    line for each sample, or a voice is unknown.
     """
-    lines = [Path(t).read_text(encoding="utf-8").splitlines() if isinstance(t, str | Path) else list(t) for t in tellings]
+    lines = [read_lines(t) if isinstance(t, str | Path) else list(t) for t in tellings]
     for t, each in zip(tellings, lines, strict=True):
-        if len(each) != len(source):
-            raise UserError(f"{t if isinstance(t, str | Path) else 'a list of rewrites'} has {len(each)} lines for {len(source)} samples",
+        if not hasattr(source, "__len__") or len(each) != len(source):
+            raise UserError(f"{t if isinstance(t, str | Path) else 'a list of rewrites'} has {len(each)} lines for "
+                            f"{len(source) if hasattr(source, '__len__') else 'a stream of'} samples",
                             "line i belongs to sample i: rewrite the same data again")
+    if unknown := [v for v in voices if v not in FRAMES]:
+        raise UserError(f"nobody rewords in the voice {unknown[0]!r}", f"the voices are {', '.join(FRAMES)}")
+    rules = Paraphraser()
 
     def tell(i: int, about: Sample) -> Sample:
-        original = about["captions"][0]
-        return about | {"captions": [original, *(each[i] if len(each[i].split()) >= LEAST else original for each in lines)]}
-    return Retold(source, tell, f"{source.name} retold")
+        own = said(about)
+        more = [*about.get("rewrites", ()), *(each[i] for each in lines)]
+        others = [c for text in more for c in (own if len(text.split()) < LEAST else [text] * len(own))]
+        if not more:                                    # by rules, which are the same for the same sample
+            seed = crc32(str(about["id"]).encode())
+            others = [rules.rewrite(c, v, np.random.default_rng([seed, k, n])) for k, v in enumerate(voices) for n, c in enumerate(own)]
+        return about | {"captions": [*own, *others]}
+    return retold(source, tell, f"{source.name} retold")
+
+
+def read_lines(path: str | Path) -> list[str]:
+    """The lines of a file of rewrites. UserError where there is none."""
+    if not Path(path).expanduser().is_file():
+        raise UserError(f"no file of rewrites at {path}", "give a text file with one line for each sample")
+    return Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+
+
+def brings_rewrites(source: Any, few: int = 100) -> bool:
+    """Whether any of the first samples of a source brings rewrites of its own; True of a stream, which is not looked into."""
+    return not hasattr(source, "__len__") or any(source.about(i).get("rewrites") for i in range(min(few, len(source))))

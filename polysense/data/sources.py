@@ -1,6 +1,7 @@
 """What a source of samples is, and how sources combine.
 
-A sample is a dict: `id` str, `image` PIL picture or uint8 array [H,W,3], `captions` list[str], `label` int, `tags` list[int],
+A sample is a dict: `id` str, `image` PIL picture or uint8 array [H,W,3], `captions` list[str], `rewrites` (captions in other words) list[str],
+`label` int, `tags` list[int],
 `boxes` float32 [N,4] (x0 y0 x1 y1 in [0,1]), `box_label` int [N], `mask` bool [N,H,W], `question` and `answer` str (or `qa`, a list of
 such pairs), `audio` float32 [S] in [-1,1], `video` uint8 [T,H,W,3], `edited` and `hint` pictures, `depth` float [H,W].
 """

@@ -26,9 +26,11 @@ COLUMNS = {
     "image": ("image", "file_name", "filename", "image_path", "filepath", "path", "file", "img", "image_file", "image_url", "url", "photo",
               "picture"),
     "caption": ("caption", "captions", "text", "texts", "title", "sentence", "sentences", "description", "alt", "prompt"),
+    "rewrites": ("rewrites", "rewrite", "rewritten", "paraphrases", "paraphrase"),
     "label": ("label", "labels", "class", "category", "target", "type"),
     "question": ("question",), "answer": ("answer",), "split": ("split",),
 }
+SERIES = {"caption": r"(caption|text|sentence)s?_?\d+", "rewrites": r"(rewrite|paraphrase)s?_?\d+"}        # columns of a kind: caption_0, caption_1
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 
 
@@ -66,7 +68,8 @@ def user_source(spec: str, split: str, options: dict[str, str]) -> Any:
 def folder_source(path: Path, split: str, options: dict[str, str]) -> Source:
     """A folder: with train/val/test sub-folders, or metadata.csv / .jsonl / .parquet, or tars, or class sub-folders, or just pictures.
 
-    A picture `x.jpg` beside `x.txt` takes the lines of that file as captions where every picture has one.
+    A picture `x.jpg` beside `x.txt` takes the lines of that file as captions where every picture has one, and those of `x.rewrites.txt`, where
+    there is one, as the same in other words.
     """
     inside = [d for d in sorted(path.iterdir()) if d.is_dir() and not d.name.startswith(".")]
     parts = {SPLITS[d.name.lower()]: d for d in inside if d.name.lower() in SPLITS}
@@ -109,11 +112,16 @@ def _folder(path: Path, split: str, options: dict[str, str]) -> Source:
         if labelled:
             sample["label"] = number[f.split("/")[0]]
         if sidecar:
-            lines = (path / f).with_suffix(".txt").read_text(encoding="utf-8-sig", errors="replace").splitlines()
-            sample["captions"] = [line.strip() for line in lines if line.strip()]
+            sample["captions"] = _lines((path / f).with_suffix(".txt"))
+            if (beside := (path / f).with_suffix(".rewrites.txt")).exists():
+                sample["rewrites"] = _lines(beside)
         samples.append(sample)
     offers = ("image", *(["label"] if labelled else []), *(["text"] if sidecar else []))
     return ListSource(str(path), samples, offers, split=split, classes=kinds if labelled else ())
+
+
+def _lines(path: Path) -> list[str]:
+    return [line.strip() for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines() if line.strip()]
 
 
 def _walk(path: Path) -> Iterator[str]:
@@ -141,8 +149,8 @@ def table_source(path: Path, split: str, options: dict[str, str]) -> Source:
     """CSV, TSV, JSON lines or Parquet with a column for the picture's path and columns for captions or a label.
 
     Columns are found by their usual names (COLUMNS) or named by options: `?image=path&caption=title`; several caption columns
-    as `caption=a,b` or caption_0, caption_1. Paths are relative to the table, to `?root=`, absolute, or addresses. A `split` column
-    chooses the rows; without one a tenth is held out.
+    as `caption=a,b` or caption_0, caption_1; captions in other words as `rewrites`, or rewrite_0, rewrite_1. Paths are relative to
+    the table, to `?root=`, absolute, or addresses. A `split` column chooses the rows; without one a tenth is held out.
     """
     return _table(path, split, options, held=True)
 
@@ -183,8 +191,8 @@ def columns(names: Sequence[str], options: dict[str, str], where: str) -> dict[s
             if missing := [c for c in chosen if c not in names]:
                 raise UserError(f"{where} has no column {missing[0]!r}", f"it has {', '.join(names)}")
             out[role] = chosen
-        elif role == "caption":
-            series = [lower[n] for n in sorted(lower, key=lambda n: (len(n), n)) if re.fullmatch(r"(caption|text|sentence)s?_?\d+", n)]
+        elif role in SERIES:
+            series = [lower[n] for n in sorted(lower, key=lambda n: (len(n), n)) if re.fullmatch(SERIES[role], n)]
             out[role] = series or [lower[u] for u in usual if u in lower][:1]
         else:
             out[role] = [lower[u] for u in usual if u in lower][:1]
@@ -220,6 +228,8 @@ def rows_source(name: str, rows: Sequence[dict[str, Any]], split: str, options: 
         sample: Sample = {"id": called if used[called] == 1 else f"{called}#{used[called]}", "image": image}
         if "caption" in at:
             sample["captions"] = [c for column in at["caption"] for c in captions_of(row.get(column))]
+        if "rewrites" in at:
+            sample["rewrites"] = [c for column in at["rewrites"] for c in captions_of(row.get(column))]
         if label and row.get(label) not in (None, ""):
             sample["label"] = number[str(row[label])]
         sample |= {role: str(row.get(at[role][0]) or "") for role in ("question", "answer") if role in at}
@@ -275,7 +285,7 @@ def coco_source(path: Path, split: str, options: dict[str, str]) -> Source:
 
 
 def annotate(record: Record) -> Sample:
-    """Captions and label of a WebDataset sample by the usual endings: txt, caption, cls, json."""
+    """Captions, their rewrites and label of a WebDataset sample by the usual endings: txt, caption, rewrites.txt, cls, json."""
     about: Sample = {}
     if "json" in record.parts:
         m = record.json()
@@ -283,9 +293,12 @@ def annotate(record: Record) -> Sample:
             found = next((m[k] for k in COLUMNS["caption"] if m.get(k)), None)
             about |= {"captions": captions_of(found)} if found is not None else {}
             about |= {"label": m["label"]} if isinstance(m.get("label"), int) else {}
+            about |= {"rewrites": captions_of(m["rewrites"])} if m.get("rewrites") else {}
     for ending in ("txt", "caption"):
         if ending in record.parts:
             about["captions"] = [line for line in record.text(ending).splitlines() if line.strip()]
+    if "rewrites.txt" in record.parts:
+        about["rewrites"] = [line for line in record.text("rewrites.txt").splitlines() if line.strip()]
     if "cls" in record.parts:
         about["label"] = int(record.text("cls"))
     return about

@@ -24,6 +24,8 @@ from polysense.base.errors import UserError
 from polysense.base.plan import ImagePlan, Preset
 from polysense.base.protocols import fulfils
 from polysense.data.images import decode, read_images, window
+from polysense.data.templates import DEFAULT
+from polysense.data.told import queries
 from polysense.pipeline import pairs
 from polysense.pipeline.clips import Clips
 from polysense.pipeline.draw import generate
@@ -33,7 +35,6 @@ from polysense.pipeline.open import best_device, digest_of, find
 from polysense.pipeline.pictures import to_pictures
 from polysense.pipeline.scene import render
 from polysense.pipeline.talk import Talk
-from polysense.tasks.templates import DEFAULT
 from polysense.tasks.zero_shot import templates_of, zero_shot_classifier
 from polysense.train.precision import autocast
 
@@ -118,7 +119,8 @@ class Pipeline(Clips, Talk):
 
     def encode(self, images: Sequence[Any] | None = None, texts: Sequence[str] | None = None, *, videos: Sequence[Any] | None = None,
                audios: Sequence[Any] | None = None, batch_size: int = 64, progress: Progress | None = None) -> np.ndarray:
-        """Unit features [N,D], float32, of pictures, texts, videos or sounds; `progress(done, total)` after each batch."""
+        """Unit features [N,D], float32, of pictures, texts, videos or sounds; `progress(done, total)` after each batch. Texts of a system that
+        learned with a dictionary get what it says of the first thing that they name."""
         given = [g for g in (images, texts, videos, audios) if g is not None]
         if len(given) != 1:
             raise UserError("encode takes images=, texts=, videos= or audios=, one of them", "call it once for each")
@@ -130,6 +132,7 @@ class Pipeline(Clips, Talk):
             return (self.encode_videos if audios is None else self.encode_audios)(items, progress)
         capability, read = ("encode_image", self.read_images) if texts is None else ("encode_text", self.read_texts)
         self._need(capability)
+        items = items if texts is None else queries(self.preset.feed, items)
         out = []
         for start in range(0, len(items), batch_size):
             out.append(self._run(capability, read(items[start:start + batch_size])))
@@ -149,7 +152,7 @@ class Pipeline(Clips, Talk):
     def prompts(self, labels: Sequence[str], templates: str | Sequence[str] = TEMPLATES) -> np.ndarray:
         """Zero-shot classifier rows [C,D]: each label's templates encoded, averaged, normalised again (CLIP, section 3.1.4).
 
-        `templates`: as in exams, the name of a set of `tasks.templates`, one template, or several.
+        `templates`: as in exams, the name of a set of `data.templates`, one template, or several.
         """
         self._need("encode_text")
         if not (labels := _listed(labels)):
@@ -173,9 +176,6 @@ class Pipeline(Clips, Talk):
             raise UserError(f"{len(names)} class names were given", f"the system knows {logits.shape[1]} classes")
         return _ranked(images, softmax(logits), names, top)
 
-    def explain(self, image: Any, text: str | np.ndarray, *, words: int = 4) -> Explanation:
-        """Where in a picture a text (or a feature [D] in the same space) matches: one heat-map for the whole text, and one each for at most
-        `words` of its words that matched: they fit the picture, or win some of its patches, against texts that say nothing."""
     def _called(self, classes: int) -> list[str]:
         """What the classes are called: by a system that keeps their names as ids (`text.names`), else by their numbers."""
         ids = getattr(getattr(self.system, "text", None), "names", None)
@@ -183,6 +183,9 @@ class Pipeline(Clips, Talk):
             return [str(i) for i in range(classes)]
         return [self.tokenizer.decode(row).removesuffix(".").strip() for row in ids.cpu()]
 
+    def explain(self, image: Any, text: str | np.ndarray, *, words: int = 4) -> Explanation:
+        """Where in a picture a text (or a feature [D] in the same space) matches: one heat-map for the whole text, and one each for at most
+        `words` of its words that matched: they fit the picture, or win some of its patches, against texts that say nothing."""
         self._need("encode_patches", "encode_text")
         plan, picture = self._image_plan(), decode(image)
         tensor = self.read_images([picture])

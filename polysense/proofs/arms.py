@@ -11,6 +11,7 @@ from polysense.data.chat import texts_of
 from polysense.data.loader import Loader
 from polysense.data.sources import Sample, Source, Subset
 from polysense.data.tokenizer import make_tokenizer
+from polysense.data.told import Judge, told
 from polysense.pipeline import Pipeline
 from polysense.tasks import take
 from polysense.train.fit import fit
@@ -32,13 +33,15 @@ class Arm:
 
 def train_arm(id: str, preset: Preset, source: Source, *, needs: tuple[str, ...], seed: int, tokenizer: Any = None,
               prepare: Callable[[System], None] | None = None, batches: Iterable[Batch] | None = None,
-              clock: Callable[[], float] | None = None) -> Arm:
-    """Trains a preset on a source, or on `batches` of its own. prepare: puts weights in before the first step. clock: see `fit`."""
+              clock: Callable[[], float] | None = None, judge: Judge | None = None) -> Arm:
+    """Trains a preset on a source as its feed tells it, or on `batches` of its own. judge: whom the feed asks about pictures and texts. prepare: puts
+    weights in before the first step. clock: see `fit`."""
     torch.manual_seed(seed)
     system = preset.config.build()
     if prepare is not None:
         prepare(system)
         system.after_start()
+    source = told(source, preset.feed, judge)
     tokenizer = words(preset, source) if tokenizer is None and preset.feed.text else tokenizer
     losses: list[float] = []
     for stage in preset.stages:

@@ -4,20 +4,26 @@ Every pair of colour and shape is an invented species with a name; alt-texts nam
 plain captions scores each mention, and the worst three in ten are dropped. Then the same towers learn from both sides, from classification alone and
 from contrast alone, and other pictures of the species look for each other.
 """
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from polysense.base.system import Preset
+from polysense.base.telling import Entities
 from polysense.data import source
-from polysense.data.entities import Entity, EntityBase, linked
+from polysense.data.entities import Entity, EntityBase
 from polysense.data.retold import Retold
-from polysense.data.sources import ListSource, Sample
+from polysense.data.sources import ListSource, Sample, Source
+from polysense.data.told import told
 from polysense.proofs.arms import train_arm, words
 from polysense.proofs.harness import Outcome
 from polysense.proofs.small import SIZE, fitted, kept, pair, plain_clip
 from polysense.systems.align import mofi
-from polysense.tasks.encode import encode_all_images, encode_all_texts
+from polysense.tasks.encode import encode_all_images
+from polysense.train.judging import RunJudge
 
 METRIC, HIGHER_IS_BETTER = "mean average precision: pictures of the same species", True
 DATA = "scenes:combos (3,000 pictures with alt-texts, 3,000 others for the filter; 800 look for each other)"
@@ -41,6 +47,15 @@ def alt_texts(pictures: ListSource, base: EntityBase, seed: int) -> tuple[Retold
     return Retold(pictures, tell), named
 
 
+class Described(RunJudge):
+    """A judge that has never heard the invented names: it is asked by what they are said to be. All arms ask it the same, once."""
+    kept: tuple[Tensor, Tensor] | None = None
+
+    def features(self, source: Source, texts: list[str], rows: list[int]) -> tuple[Tensor, Tensor]:
+        self.kept = self.kept or super().features(source, [t.partition(", ")[2] for t in texts], rows)
+        return self.kept
+
+
 def average_precision(features: Tensor, label: Tensor) -> float:
     """Mean over pictures that have another of their kind."""
     order = (features @ features.T).fill_diagonal_(-torch.inf).argsort(1, descending=True)[:, :-1]
@@ -49,9 +64,10 @@ def average_precision(features: Tensor, label: Tensor) -> float:
     return float(((precision * hit).sum(1) / hit.sum(1))[hit.sum(1) > 0].mean())
 
 
-def plan(share: float, entities: int) -> Preset:
+def plan(share: float, base: Path, entities: int) -> Preset:
     config = mofi.MOFI.Config(**pair(), dim=96, entities=entities, sampled=64)
-    return fitted(mofi.tiny(), config, STEPS, **{"stages.0.weights": mofi.weights_of(share)})
+    return fitted(mofi.tiny(), config, STEPS, **{"stages.0.weights": mofi.weights_of(share),
+                                                 "feed.told": (Entities(base=str(base), judge="clip", dropped=DROPPED),)})
 
 
 def run(seed: int, test_seed: int = 1001) -> Outcome:
@@ -60,19 +76,18 @@ def run(seed: int, test_seed: int = 1001) -> Outcome:
     train, other, test = drawn(3000, seed), drawn(3000, seed + 500), drawn(800, test_seed, "val")
     base = species(train.classes)
     said, named = alt_texts(train, base, seed)
-    judge = train_arm("clip", plain_clip(STEPS), other, needs=("image", "text"), seed=seed).subject
-    seen = encode_all_images(judge, train).features
-    told = encode_all_texts(judge, [e.description for e in base.entities])
-    place = {e.text: i for i, e in enumerate(base.entities)}
-    threshold = float(torch.tensor([seen[i] @ told[n] for i, n in enumerate(named)]).quantile(DROPPED))
-    labelled = linked(said, base, lambda i, texts: [float(seen[i] @ told[place[t]]) for t in texts], threshold)
+    clip, found = train_arm("clip", plain_clip(STEPS), other, needs=("image", "text"), seed=seed).subject, dict[str, float]()
+    judge = Described(clip.system, clip.preset, clip.tokenizer)
+    with TemporaryDirectory() as folder:
+        file = base.write(Path(folder) / "species.jsonl")
+        labelled = told(said, plan(0.5, file, len(base.entities)).feed, judge)
+        tokenizer = words(plan(0.5, file, len(base.entities)), labelled)
+        for name, share in (("both", 0.5), ("classification alone", 1.0), ("contrast alone", 0.0)):
+            subject = train_arm("mofi", plan(share, file, len(base.entities)), said, needs=("image", "text", "label"), seed=seed,
+                                tokenizer=tokenizer, judge=judge).subject
+            features = encode_all_images(subject, test)
+            found[name] = average_precision(features.features, torch.from_numpy(features.labels))
     true, label = np.array(train.labels()), np.array(labelled.labels())
-    tokenizer, found = words(plan(0.5, len(base.entities)), labelled), {}
-    for name, share in (("both", 0.5), ("classification alone", 1.0), ("contrast alone", 0.0)):
-        subject = train_arm("mofi", plan(share, len(base.entities)), labelled, needs=("image", "text", "label"), seed=seed,
-                            tokenizer=tokenizer).subject
-        features = encode_all_images(subject, test)
-        found[name] = average_precision(features.features, torch.from_numpy(features.labels))
     return Outcome(found.pop("both"), {"contrast alone": found.pop("contrast alone")}, found | {
         "labels that are right before the filter": float((np.array(named) == true).mean()),
         "labels that are right after it": float((label == true)[label >= 0].mean()), "samples with a label": float((label >= 0).mean())})

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from polysense.base.errors import UserError
+from polysense.data import told
+from polysense.data.templates import TEMPLATES
 from polysense.tasks.encode import Features, Progress, class_names, encode_all_images, encode_all_texts, name_of
 from polysense.tasks.result import Result, classification
-from polysense.tasks.templates import TEMPLATES
 
 
 def run(subject: Any, test: Any, *, templates: str | Sequence[str] = "default", names: Sequence[str] | None = None,
@@ -17,7 +18,7 @@ def run(subject: Any, test: Any, *, templates: str | Sequence[str] = "default", 
     """Accuracy of the class whose prompts are nearest to the picture.
 
     `templates`: a set of templates.TEMPLATES by name, one template, or several; `names`: what the classes are called (None: the
-    names in the data, underscores as spaces); `prompts`: all that is said of each class, in place of templates (K-LITE's glosses).
+    names in the data, underscores as spaces); `prompts`: all that is said of each class, in place of templates.
     """
     return judged("zero_shot", subject, encode_all_images(subject, test, progress, batch_size=batch_size), templates, names, seed, prompts)
 
@@ -41,10 +42,10 @@ def judged(exam: str, subject: Any, seen: Features, templates: str | Sequence[st
 
 def zero_shot_classifier(subject: Any, names: Sequence[str], templates: Sequence[str]) -> Tensor:
     """One unit row [C,D] a class: each prompt normalised, their mean normalised again. Where no template is asked for, a system that learned what
-    stands around a name (CoOp) puts it as its feed says."""
+    stands around a name (CoOp) puts it as its feed says; one that learned with a dictionary (K-LITE) is asked with it."""
     own = getattr(subject.preset.feed.text, "template", "")
     templates = (own,) if own and tuple(templates) == TEMPLATES["default"] else templates
-    return rows_of(subject, [[t.replace("{}", name) for t in templates] for name in names])
+    return rows_of(subject, told.prompts(subject.preset.feed, names, templates))
 
 
 def rows_of(subject: Any, prompts: Sequence[Sequence[str]]) -> Tensor:

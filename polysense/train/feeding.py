@@ -10,6 +10,7 @@ from polysense.base.batch import Batch
 from polysense.base.errors import UserError
 from polysense.base.plan import Preset, Stage, WordsPlan
 from polysense.base.spec import Spec
+from polysense.train.folder import Run
 from polysense.train.parallel import World
 
 TEXTS = {"text", "text_mask", "names", "question", "answer", "chat", "chat_reply", "brief", "brief_reply", "episode"}     # made with a tokenizer
@@ -50,9 +51,11 @@ class SourceFeeding:
     def __init__(self, preset: Preset, needs: Iterable[str], split: str = "train", workers: int | None = None):
         from polysense.data import source
         from polysense.data.loader import check_needs
+        from polysense.data.told import told
 
         self.preset, self.needs, self.workers, self.tokenizer = preset, tuple(needs), workers, None
-        self.source = source(preset.data, split=split)
+        self.plain = source(preset.data, split=split)
+        self.source = told(self.plain, preset.feed)
         if isinstance(preset.feed.text, WordsPlan):          # a new word is learned from pictures alone: few, and none names it
             from polysense.data.concept import called
 
@@ -64,6 +67,15 @@ class SourceFeeding:
         if self.size is not None and (largest := max((s.batch_size for s in preset.stages), default=0)) > self.size:
             raise UserError(f"a batch of {largest} is larger than {self.name} with its {self.size} samples",
                             f"set batch_size={self.size} or less, or add data")
+
+    def judged(self, run: Run) -> str:
+        """Tells the samples anew, with a run that judges whether a picture shows what is said; returns a line about it."""
+        from polysense.data.told import told
+        from polysense.train.judging import CachedJudge
+
+        self.source = told(self.plain, self.preset.feed, CachedJudge(run))
+        labels = self.source.labels()
+        return f"{sum(label >= 0 for label in labels):,} of {len(labels):,} samples show what their texts name, says {run.id}"
 
     def open(self, keep_tokenizer: Callable[..., Any], lent: Any) -> None:
         plan = self.preset.feed.text

@@ -24,6 +24,8 @@ from polysense.train.events import Event, Finished, Noted, Saved, Started, Stepp
 from polysense.train.feeding import Feeding, SourceFeeding, Stream
 from polysense.train.fit import Step, fit, parameters
 from polysense.train.folder import AVERAGED, WEIGHTS, Folder, Run, load_run
+from polysense.train.health import Watch
+from polysense.train.judging import judge_start
 from polysense.train.parallel import World, whole_tensor, world
 from polysense.train.precision import resolve
 from polysense.train.preflight import SAMPLES, preflight
@@ -119,6 +121,9 @@ def train_preset(id: str, preset: Preset, needs: Iterable[str], *, name: str = "
         bases: list[Run] = []
         for start in preset.starts:
             bases.append((yield from base_of(start, id, folder, depth, here, {"device": device, "parallel": parallel, "workers": workers})))
+        if isinstance(feeding, SourceFeeding) and (asked := judge_start(preset)):
+            judge = yield from base_of(asked, id, folder, depth, here, {"device": device, "parallel": parallel, "workers": workers})
+            yield Noted(id, folder.path, feeding.judged(judge))
         sitting = Sitting(id, name, preset, tuple(needs), folder, seed, here, checkpoint_every, log_every, time_budget_s)
         sitting.prepare(feeding, bases)
         if preflight and not sitting.step:
@@ -142,8 +147,8 @@ def base_of(start: Any, id: str, folder: Folder, depth: int, here: World, option
     with starts.locked(place) if here.first else nullcontext():
         if not here.leading((place / WEIGHTS).exists):
             yield Noted(id, folder.path, f"{id} stands on {start.from_} ({start.preset}), which is trained once, into {place}")
-            yield from train_preset(start.from_, preset_of(start.from_, start.preset), card_of(start.from_).needs, name=start.preset, out=place,
-                                    resume=True, depth=depth + 1, **options)
+            yield from train_preset(start.from_, starts.plan_of(start), card_of(start.from_).needs, name=start.preset, out=place, resume=True,
+                                    depth=depth + 1, **options)
     here.barrier()
     return load_run(place)
 

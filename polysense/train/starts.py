@@ -32,11 +32,17 @@ def key_of(preset: Preset, depth: int = 0) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12] if preset.starts else preset.digest()
 
 
+def plan_of(start: Start) -> Preset:
+    """The preset behind a Start, on other data where it says so."""
+    plan = preset_of(start.from_, start.preset)
+    return plan.but(data=data) if (data := getattr(start, "data", "")) else plan
+
+
 def place_of(start: Start) -> Path:
     """Where the run behind a Start is cached, or the folder that it names."""
     if folder := getattr(start, "folder", ""):
         return Path(folder)
-    return cache_root() / f"{start.from_}-{start.preset}-{key_of(preset_of(start.from_, start.preset), 1)}"
+    return cache_root() / f"{start.from_}-{start.preset}-{key_of(plan_of(start), 1)}"
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""LaCLIP's and K-LITE's objectives; what changes their texts is tested in tests/data/test_retold.py."""
+"""LaCLIP's and K-LITE's objectives; what changes their texts is tested in tests/data/test_told.py and test_retold.py."""
 import pytest
 import torch
 from fake import fake_batch

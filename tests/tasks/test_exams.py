@@ -12,13 +12,13 @@ from torch import nn
 
 from polysense.base.errors import UserError
 from polysense.data.sources import BadSample
+from polysense.data.templates import IMAGENET, SEVEN
 from polysense.tasks import EXAMS, exams_for, take
 from polysense.tasks.encode import Features, encode_all_images, encode_all_texts
 from polysense.tasks.few_shot import leave_one_out, ridge, ridge_scores, some_of_each
 from polysense.tasks.knn_probe import votes
 from polysense.tasks.linear_probe import choose, held_out, logistic
 from polysense.tasks.retrieval import ranks
-from polysense.tasks.templates import IMAGENET, SEVEN
 from polysense.tasks.zero_shot import zero_shot_classifier
 
 WORDS = ("red", "green", "blue", "grey", "pink", "cyan", "gold")

@@ -1,7 +1,8 @@
 """LaCLIP: CLIP on captions that a language model has said in other words.
 
 Before training, M = 4 rewrites are made of every caption by in-context learning: an instruction, three examples of a pool (source => target),
-the caption; one rewrite for each pool (`data.rewrites`). In training each picture meets, at every step, one of its M + 1 texts, drawn alike:
+the caption; one rewrite for each pool (`data.rewrites`). In training each picture meets, at every step, one of its M + 1 texts, drawn alike
+(`Rewrites` in the feed):
 
     loss = CLIP's symmetric cross-entropy of (augmented picture, drawn text)                            (equation 3)
 
@@ -12,7 +13,8 @@ from dataclasses import dataclass
 
 from polysense.archetypes.dual_encoder import DualEncoder
 from polysense.base.card import Card
-from polysense.base.system import Feed, ImagePlan, Optim, Preset, Stage, TextPlan, ViewPlan, final
+from polysense.base.system import ImagePlan, Optim, Preset, Stage, TextPlan, ViewPlan, final
+from polysense.base.telling import Rewrites, ToldFeed
 from polysense.towers.clip import body, tiny_pair, vit_pair
 from polysense.towers.clip_text import ClipText
 from polysense.towers.shapes import heads, plain_vit
@@ -37,21 +39,23 @@ class LaCLIP(DualEncoder):
 
 
 def tiny() -> Preset:
-    """The towers of `clip` tiny."""
+    """The towers of `clip` tiny. Captions that come without rewrites are reworded by rules, in place of a language model."""
     return Preset(
         data="natural_captions", config=LaCLIP.Config(**tiny_pair()),
-        feed=Feed(image=ImagePlan(size=64), text=TextPlan(vocab=4096, length=48), train_image=ViewPlan(size=64, scale=(0.5, 1.0))),
+        feed=ToldFeed(image=ImagePlan(size=64), text=TextPlan(vocab=4096, length=48), train_image=ViewPlan(size=64, scale=(0.5, 1.0)),
+                      told=(Rewrites(voices=("chat", "assistant", "pairs", "human")),)),
         stages=(Stage(objective=LaCLIP.compare, embed=LaCLIP.embed, steps=400, batch_size=128,
                       optim=Optim(lr=1.5e-3, weight_decay=0.5, betas=(0.9, 0.98), warmup=40, clip=1.0)),))
 
 
 def paper() -> Preset:
-    """ViT-B/16 on CC12M, 35 epochs of batch 8192, one of them warm-up: timm's ViT beside CLIP's text tower, as SLIP."""
+    """ViT-B/16 on CC12M, 35 epochs of batch 8192, one of them warm-up: timm's ViT beside CLIP's text tower, as SLIP. The data bring the rewrites."""
     epoch = 12_000_000 // 8192
     return Preset(
         data="cc12m", config=LaCLIP.Config(vision=plain_vit(224, 16, 768, 12, 12), **heads(768, 512, 512),
                                            text=ClipText.Config(vocab=49_408, length=77, body=body(512, 12, 8))),
-        feed=Feed(image=ImagePlan(size=224), text=TextPlan(vocab=49_408, length=77, pad="zero"), train_image=ViewPlan(size=224, scale=(0.5, 1.0))),
+        feed=ToldFeed(image=ImagePlan(size=224), text=TextPlan(vocab=49_408, length=77, pad="zero"), train_image=ViewPlan(size=224, scale=(0.5, 1.0)),
+                      told=(Rewrites(),)),
         stages=(Stage(objective=LaCLIP.compare, embed=LaCLIP.embed, steps=35 * epoch, batch_size=8192, checkpoint_activations=True,
                       optim=Optim(lr=1e-3, weight_decay=0.5, betas=(0.9, 0.98), warmup=epoch)),))
 

@@ -1,7 +1,7 @@
 """MOFI: pictures learn from the entities that their alt-texts name.
 
-A data engine turns pairs from the web into entity labels (`data.entities`): names found in the text, linked to a knowledge base, filtered by how well
-a CLIP finds "name, description" in the picture. Then one picture tower learns from two sides at once,
+A data engine turns pairs from the web into entity labels (`Entities` in the feed): names found in the text, linked to a knowledge base, filtered
+by how well a CLIP finds "name, description" in the picture. Then one picture tower learns from two sides at once,
 
     L = lambda L_classify + (1 - lambda) L_contrast
     L_classify = -log softmax over sampled classes of  alpha (cos(image, class) - m [true class])
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from polysense.archetypes.dual_encoder import DualEncoder
 from polysense.base.card import Card
 from polysense.base.errors import UserError
-from polysense.base.system import Feed, ImagePlan, Losses, Optim, Preset, Stage, TextPlan, ViewPlan, final
+from polysense.base.system import ImagePlan, Losses, Optim, Preset, Stage, TextPlan, ViewPlan, final
+from polysense.base.telling import Entities, ToldFeed
 from polysense.objectives.sampled import margin_softmax, sample_classes
 from polysense.towers.clip import body, tiny_pair, vit_pair
 from polysense.weights import clip_hf
@@ -65,10 +66,11 @@ def weights_of(share: float) -> tuple[tuple[str, float], ...]:
 
 
 def tiny() -> Preset:
-    """Classes of drawn things stand for entities."""
+    """Captions name drawn things by colour and shape, the entities of a built-in knowledge base; a CLIP that learned the same pairs judges them."""
     return Preset(
-        data="scenes:combos", config=MOFI.Config(**tiny_pair(), dim=192, entities=256, sampled=128),
-        feed=Feed(image=ImagePlan(size=64), text=TextPlan(vocab=4096, length=48), train_image=ViewPlan(size=64, scale=(0.6, 1.0), flip=0.5)),
+        data="scenes:combos?n=8000", config=MOFI.Config(**tiny_pair(), dim=192, entities=256, sampled=128),
+        feed=ToldFeed(image=ImagePlan(size=64), text=TextPlan(vocab=4096, length=48), train_image=ViewPlan(size=64, scale=(0.6, 1.0), flip=0.5),
+                      told=(Entities(base="scenes", judge="clip", dropped=0.1, rare=2),)),
         stages=(Stage(objective=MOFI.classify_and_compare, embed=MOFI.embed_labelled, steps=400, batch_size=128, weights=weights_of(0.5),
                       optim=Optim(lr=1.5e-3, weight_decay=0.1, betas=(0.9, 0.98), eps=1e-6, warmup=40, clip=1.0)),))
 
@@ -77,6 +79,7 @@ def paper() -> Preset:
     """ViT-B/16 on the billion pictures of I2E, two million entities."""
     return Preset(
         data="i2e", config=MOFI.Config(**vit_pair(224, 16, body(768, 12, 12), body(512, 12, 8), 512), dim=512, entities=2_000_000),
-        feed=Feed(image=ImagePlan(size=224), text=TextPlan(vocab=49_408, length=77, pad="zero"), train_image=ViewPlan(size=224, scale=(0.9, 1.0))),
+        feed=ToldFeed(image=ImagePlan(size=224), text=TextPlan(vocab=49_408, length=77, pad="zero"), train_image=ViewPlan(size=224, scale=(0.9, 1.0)),
+                      told=(Entities(base="wikidata", judge="clip:paper", rare=5),)),
         stages=(Stage(objective=MOFI.classify_and_compare, embed=MOFI.embed_labelled, steps=600_000, batch_size=32_768, weights=weights_of(0.5),
                       optim=Optim(lr=1e-3, weight_decay=0.05, betas=(0.9, 0.98), warmup=2000)),))
