@@ -24,7 +24,6 @@ from polysense.train.events import Event, Finished, Noted, Saved, Started, Stepp
 from polysense.train.feeding import Feeding, SourceFeeding, Stream
 from polysense.train.fit import Step, fit, parameters
 from polysense.train.folder import AVERAGED, WEIGHTS, Folder, Run, load_run
-from polysense.train.health import Watch
 from polysense.train.judging import judge_start
 from polysense.train.parallel import World, whole_tensor, world
 from polysense.train.precision import resolve
