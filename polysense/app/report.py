@@ -135,7 +135,7 @@ def _product(shape: Sequence[int]) -> int:
 
 
 def curves(log: list[dict[str, Any]]) -> dict[str, str]:
-    """SVG charts by name: the loss with its terms, learning rate, speed, gradient norm."""
+    """SVG charts by name: the loss with its terms, learning rate, speed, gradient norm, and the numbers of health that the system logs."""
     if not log:
         return {}
     x, stages = [s["step"] for s in log], {}
@@ -148,6 +148,10 @@ def curves(log: list[dict[str, Any]]) -> dict[str, str]:
     for key, name in (("lr", "learning rate"), ("samples_per_s", "samples a second"), ("grad_norm", "gradient norm")):
         if all(key in s for s in log):
             out[name] = line_chart({name: (x, [float(s[key]) for s in log])}, smooth=key != "lr", size=(4.2, 2.1))
+    for key in dict.fromkeys(k for s in log for k in s.get("health", {})):               # looked at every few steps
+        seen = [(s["step"], float(s["health"][key])) for s in log if key in s.get("health", {})]
+        name = key.replace("_", " ")
+        out[name] = line_chart({name: ([at for at, _ in seen], [v for _, v in seen])}, size=(4.2, 2.1))
     return out
 
 

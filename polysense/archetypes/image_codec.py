@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from polysense.base.system import Spec, System
+from polysense.objectives.health import of_codes
 
 
 class ImageCodec(System):
@@ -19,6 +20,10 @@ class ImageCodec(System):
     def __init__(self, c: Config):
         super().__init__()
         self.codec = c.codec.build()
+
+    def health(self, keep: dict[str, Tensor]) -> dict[str, Tensor]:
+        """How many codes are in use, of the code numbers `ids` that an objective kept."""
+        return of_codes(keep["ids"], self.codec.codes) if "ids" in keep else {}
 
     def encode_codes(self, image: Tensor) -> Tensor:
         """image [B,3,H,W], as the feed says -> code numbers [B,h,w]."""

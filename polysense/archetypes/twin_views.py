@@ -1,4 +1,5 @@
 """Views of one picture through one tower, or through it and a slowly moving copy of it. Abstract: a system adds its objective and is final."""
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polysense.base.errors import UserError
-from polysense.base.system import After, Spec, System
+from polysense.base.system import After, Batch, Spec, System
+from polysense.objectives import health
 
 READS = ("student", "teacher")
 
@@ -66,3 +68,14 @@ class TwinViews(System):
         """The teacher moves. Keys of the next step come from the weights of this one: MoCo's update before its forward pass."""
         if self.teacher is not None:
             self.teacher.move(self.student(), after.progress)
+
+    def health(self, keep: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Of the features of two views that an objective kept as `one` and `two` [B,D], and of the teacher's distributions `answer` [N,K]."""
+        out = health.of_pairs(keep["one"], keep["two"]) if "one" in keep else {}
+        return out | (health.of_answers(keep["answer"]) if "answer" in keep else {})
+
+    @torch.no_grad()
+    def doubts(self, batch: Batch) -> Iterator[str]:
+        """Views that are the same picture teach nothing: every system agrees with itself."""
+        if "views" in batch and bool((batch["views"][:, 0] == batch["views"][:, 1]).all()):
+            yield "the two views of a picture are the same: is every augmentation off?"

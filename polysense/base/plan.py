@@ -188,6 +188,12 @@ class RisingDecay(Optim):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SteadyRates(Optim):
+    """Some parameters keep their learning rate from the first step to the last (Chen & He 2021, SimSiam, section 4.2: the predictor's)."""
+    steady: tuple[str, ...]                             # parameter patterns
+
+
+@dataclass(frozen=True, kw_only=True)
 class AdaptiveClip(Optim):
     """Adaptive gradient clipping (Brock et al. 2021, equation 3): the gradient of a unit, a row of a weight or a whole vector, is at most
     `unit_clip` times as long as the unit itself. In place of the bound of `clip` on the whole gradient, which may be set besides."""

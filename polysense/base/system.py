@@ -74,6 +74,11 @@ class System(Part, ABC):
     def after_step(self, after: After) -> None:
         """Non-gradient state (EMA teachers, queues, centres) moves here and nowhere else."""
 
+    def health(self, keep: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Scalars that say how the training is doing, such as the spread of the features, from what the objective kept: asked every few steps, after
+        `after_step`, without a graph; logged and warned of (train/health.py), never minimised."""
+        return {}
+
     def doubts(self, batch: Batch) -> Iterable[str]:
         """Reasons of its own not to begin training on batches like this one, each a sentence; `train.preflight` asks before the first step."""
         return ()

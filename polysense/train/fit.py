@@ -1,7 +1,7 @@
 """The whole training loop. A generator: whoever iterates decides about logs, evaluation and checkpoints."""
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, count
 from math import isfinite
 
@@ -13,6 +13,7 @@ from polysense.base.errors import UserError
 from polysense.base.plan import Stage
 from polysense.base.system import After, System
 from polysense.train.gradients import backward, size_of
+from polysense.train.health import EVERY
 from polysense.train.state import Names, Training, equipped
 
 
@@ -27,6 +28,7 @@ class Step:
     lr: float                                # before the scales of parameter groups
     grad_norm: float                         # before clipping
     samples: int                             # in the global batch
+    health: dict[str, float] = field(default_factory=dict)       # what the system says of itself, every few steps; of the first rank's samples
 
 
 class Diverged(UserError):
@@ -63,7 +65,8 @@ def fit(system: System, stage: Stage, batches: Iterable[Batch], *, training: Tra
             with world.spreading():
                 lr, (losses, norm) = training.lr(), advance(training, watched, own, names)
             total = sum(dict(stage.weights).get(k, 1.0) * v for k, v in losses.items())
-            yield Step(training.index, losses, total, time.perf_counter() - start, watched.waited, lr, norm, watched.samples * world.size)
+            yield Step(training.index, losses, total, time.perf_counter() - start, watched.waited, lr, norm, watched.samples * world.size,
+                       training.health)
 
 
 def advance(training: Training, batches: "Watched", own: Iterator[Losses] | None, names: Names | None) -> tuple[dict[str, float], float]:
@@ -89,6 +92,8 @@ def advance(training: Training, batches: "Watched", own: Iterator[Losses] | None
     training.index += 1
     with torch.no_grad():
         system.after_step(After(training.index, max(training.index / stage.steps, training.progress), optimizer, keep))
+        look = training.index % EVERY == 0 or training.index == stage.steps
+        training.health = {k: n for k, v in system.health(keep).items() if isfinite(n := float(v))} if look else {}
     if training.average:
         training.average.move()
     return named, grad_norm

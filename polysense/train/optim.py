@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from polysense.base.errors import UserError
-from polysense.base.plan import AdaptiveClip, Optim
+from polysense.base.plan import AdaptiveClip, Optim, SteadyRates
 
 NAMES = ("adamw", "adam", "sgd", "nesterov", "lars", "lamb", "paged_adamw")
 LAYER = re.compile(r"^(?P<tower>(?:.*?\.)??)(?P<within>body\.)?(?:blocks|stages)\.(?P<at>\d+)\.")
@@ -55,13 +55,15 @@ def groups(system: nn.Module, optim: Optim, chosen: Callable[[str], bool] = lamb
     """Parameter groups of what is trainable (and `chosen` by name), each parameter in exactly one.
 
     A group holds `params`, `names`, `scale` (its learning rate is lr * schedule * scale), `weight_decay` and `adapt` (whether LARS and LAMB
-    use the trust ratio: where there may be weight decay). A pattern of `lr_scale` that matches no parameter is a UserError.
+    use the trust ratio: where there may be weight decay) and `steady` (whether the schedule leaves it alone). A pattern of `lr_scale` or `steady`
+    that matches no parameter is a UserError.
     """
     plain, depth = undecayed(system), layers(n for n, _ in system.named_parameters())
-    for pattern, _ in optim.lr_scale:
+    steady = optim.steady if isinstance(optim, SteadyRates) else ()
+    for word, pattern in (*(("lr_scale", p) for p, _ in optim.lr_scale), *(("steady", p) for p in steady)):
         if not any(fnmatch(n, pattern) for n in depth):
-            raise UserError(f"lr_scale={pattern!r} matches no parameter", f"the first names are {', '.join(list(depth)[:4])}")
-    out: dict[tuple[float, bool], dict[str, Any]] = {}
+            raise UserError(f"{word}={pattern!r} matches no parameter", f"the first names are {', '.join(list(depth)[:4])}")
+    out: dict[tuple[float, bool, bool], dict[str, Any]] = {}
     for name, p in system.named_parameters():
         if not p.requires_grad or not chosen(name):
             continue
@@ -69,8 +71,8 @@ def groups(system: nn.Module, optim: Optim, chosen: Callable[[str], bool] = lamb
         scale = optim.layer_decay ** (top - layer)
         for pattern, by in optim.lr_scale:
             scale *= by if fnmatch(name, pattern) else 1.0
-        key = (scale, name not in plain)
-        group = out.setdefault(key, {"params": [], "names": [], "scale": scale, "adapt": key[1], "lr": optim.lr * scale,
+        key = (scale, name not in plain, any(fnmatch(name, s) for s in steady))
+        group = out.setdefault(key, {"params": [], "names": [], "scale": scale, "adapt": key[1], "steady": key[2], "lr": optim.lr * scale,
                                      "weight_decay": optim.weight_decay if key[1] else 0.0})
         group["params"].append(p)
         group["names"].append(name)

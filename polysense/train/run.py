@@ -23,6 +23,7 @@ from polysense.train.adapting import RunStart, adapted, save_adapter
 from polysense.train.events import Event, Finished, Noted, Saved, Started, Stepped
 from polysense.train.feeding import Feeding, SourceFeeding, Stream
 from polysense.train.fit import Step, fit, parameters
+from polysense.train.health import Watch
 from polysense.train.folder import AVERAGED, WEIGHTS, Folder, Run, load_run
 from polysense.train.judging import judge_start
 from polysense.train.parallel import World, whole_tensor, world
@@ -52,17 +53,18 @@ def train(system_id: str, preset: str = "tiny", *, data: str | None = None, step
 
 def override(preset: Preset, changes: dict[str, Any]) -> Preset:
     """Dotted changes to a preset. A path starts at the preset (`stages.0.steps`), at its config (`vision.body.depth`) or, for all stages at
-    once, at a stage (`batch_size`, `optim.lr`). A recipe may name `variants` of a part, {path: {name: dotted changes}}: `centre=sinkhorn` makes
-    all changes of that name. Raises UserError for unknown names and wrong types."""
-    named: dict[str, dict[str, dict[str, Any]]] = getattr(sys.modules[type(preset.config).owner.__module__], "variants", {})
+    once, at a stage (`batch_size`, `optim.lr`). What the system offers as `choices` is set by a word: `centre=sinkhorn`. Raises UserError for
+    unknown names and wrong types."""
+    named = getattr(type(preset.config).owner, "choices", {})
     ours, of_stage = {f.name for f in fields(preset)}, {f.name for f in fields(Stage)}
     of_config = {f.name for f in fields(preset.config)}
     for path, value in changes.items():
         head = path.split(".")[0]
-        if isinstance(value, str) and path in named:
-            if value not in named[path]:
-                raise UserError(f"no {path} is called {value!r}", f"it is one of {', '.join(named[path])}")
-            preset = override(preset, named[path][value])
+        word = "none" if value is None else value        # typed as none, it has become None
+        if path in named and isinstance(word, str):
+            if word not in named[path]:
+                raise UserError(f"no {path} is called {word!r}", f"it is one of {', '.join(named[path])}")
+            preset = named[path][word](preset)
         elif head in ours:
             preset = preset.but(**{path: value})
         elif head in of_stage and head not in of_config:
@@ -177,6 +179,7 @@ class Sitting:
         self.id, self.name, self.preset, self.needs, self.folder, self.seed, self.world = id, name, preset, needs, folder, seed, here
         self.every, self.log_every, self.budget = checkpoint_every, log_every, time_budget_s
         self.total, self.step, self.samples, self.skipped = sum(s.steps for s in preset.stages), 0, 0, 0
+        self.watch, self.health = Watch(), dict[str, float]()
         self.notes: list[str] = []
         self.rested, self.cost = time.monotonic(), 0.0
         self.board: Board
@@ -225,6 +228,9 @@ class Sitting:
             share = self.budget * stage.steps / self.total if self.budget else None
             clock = (lambda share=share, entered=entered: (time.monotonic() - entered) / share) if share else None
             for s in fit(self.system, stage, checked(stream, self.needs), training=training, names=self.feeding.names, clock=clock):
+                if s.health:
+                    self.health = s.health
+                    self.notes += [f"step {self.step}: {said}" for said in self.watch.say(s.health)]
                 self.step, losses, self.samples = self.step + 1, s.losses, self.samples + s.samples
                 if self.step % self.log_every == 0 or s.index == stage.steps:
                     yield self.logged(stage, s, stream)
@@ -263,7 +269,9 @@ class Sitting:
                         self.skipped)
         if self.world.first:
             self.board.write({"step": self.step, "stage": stage.name, "losses": s.losses, "total": s.total, "lr": s.lr, "grad_norm": s.grad_norm,
-                              "samples_per_s": round(speed, 3), "seconds": round(s.seconds, 6), "skipped": self.skipped})
+                              "samples_per_s": round(speed, 3), "seconds": round(s.seconds, 6), "skipped": self.skipped,
+                              **({"health": self.health} if self.health else {})})
+        self.health = {}
         return event
 
     def note(self) -> Iterator[Noted]:
@@ -335,7 +343,8 @@ class Board:
     def write(self, line: dict[str, Any]) -> None:
         with checkpoint.writing(self.folder / "log.jsonl"):
             self.file.write(json.dumps(line) + "\n")
-            scalars = {**{f"loss/{k}": v for k, v in line["losses"].items()}, **{k: line[k] for k in ("total", "lr", "grad_norm", "samples_per_s")}}
+            scalars = {**{f"loss/{k}": v for k, v in line["losses"].items()}, **{f"health/{k}": v for k, v in line.get("health", {}).items()},
+                       **{k: line[k] for k in ("total", "lr", "grad_norm", "samples_per_s")}}
             for key, value in scalars.items():
                 self.board.add_scalar(key, value, line["step"])
         if self.project:

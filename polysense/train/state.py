@@ -48,6 +48,7 @@ class Training:
         self.system, self.stage, self.world = system, stage, world or World(next(system.parameters()).device)
         self.autocast = autocast(stage.precision, self.world.device)
         self.index, self.progress, self.norm = 0, 0.0, 0.0
+        self.health: dict[str, float] = {}               # of the last step; empty where nobody looked
         system.choose_trainable(stage.trainable)
         system.train()
         caching = bool(stage.embed and (stage.chunk or stage.accumulate > 1))
@@ -89,7 +90,7 @@ class Training:
         clip, lr = self.stage.optim.clip, self.lr()
         decay = decayed(self.stage.optim, self.index / self.stage.steps)
         for group in optimizer.param_groups:
-            group["lr"] = lr * group["scale"]
+            group["lr"] = (self.stage.optim.lr if group["steady"] else lr) * group["scale"]
             if decay is not None and group["weight_decay"]:
                 group["weight_decay"] = decay
         if clip is not None and norm > clip:

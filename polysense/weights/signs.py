@@ -53,6 +53,8 @@ SIGNS: dict[tuple[str, str], str] = {
     ("dino", "hf"): r"embeddings\.patch_embeddings\.projection\.weight",
     ("dino", "facebook"): r"(student\.backbone\.)?patch_embed\.proj\.weight",
     ("blip2", "hf"): r"qformer\.encoder\.layer\.\d+\.intermediate_query\.dense\.weight",
+    ("simclr", "torchvision"): r"layer1\.0\.conv1\.weight",
+    ("simsiam", "facebook"): r"encoder\.fc\.6\.bias",
     ("blip2", "lavis"): r"Qformer\.bert\.encoder\.layer\.\d+\.intermediate_query\.dense\.weight",
     ("controlnet", "diffusers"): r"controlnet\.controlnet_cond_embedding\.conv_in\.weight",
     ("controlnet", "original"): r"control_model\.input_hint_block\.0\.weight",

@@ -18,7 +18,7 @@ from polysense.base.spec import from_dict
 from polysense.base.system import System
 
 CARDS = polysense.catalogue()
-HOOKS = {"__init__", "after_step", "after_start", "doubts", "steer", "Config", "is_final", "__init_subclass__"}
+HOOKS = {"__init__", "after_step", "after_start", "doubts", "health", "steer", "Config", "is_final", "__init_subclass__"}
 
 
 @pytest.fixture(params=list(CARDS), scope="module")

@@ -63,7 +63,7 @@ class DiscreteVAE(ImageCodec):
         losses = Losses(reconstruct=logit_laplace(map_pixels(image), mu, log_b).mean(), kl=self.beta * kl_to_uniform(logits).sum() / image.numel())
         if self.c.even:
             losses["even"] = self.c.even * kl_of_use(logits) * logits[..., 0].numel() / image.numel()
-        return losses
+        return losses.keeping(ids=logits.argmax(-1))
 
     @torch.no_grad()
     def after_step(self, after: After) -> None:

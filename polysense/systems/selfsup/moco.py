@@ -74,14 +74,15 @@ class MoCo(TwinViews):
         """v1 and v2: view 1 asks, view 2 answers."""
         one, two = batch["views"].unbind(1)
         query, key = F.normalize(self.project(one).float(), dim=-1), self.keys(two)
-        return Losses(contrast=queue_nce(query, key, self.queue.keys, self.temperature)).keeping(keys=gather(key))
+        return Losses(contrast=queue_nce(query, key, self.queue.keys, self.temperature)).keeping(keys=gather(key), one=query, two=key)
 
     def meet(self, batch: Batch) -> Losses:
         """v3: both views ask, among the keys of the global batch."""
         one, two = batch["views"].unbind(1)
         asked = [F.normalize(self.predictor(self.project(v)).float(), dim=-1) for v in (one, two)]
         keys = [F.normalize(self.aim(v).float(), dim=-1) for v in (one, two)]
-        return Losses(contrast=batch_nce(asked[0], keys[1], self.temperature) + batch_nce(asked[1], keys[0], self.temperature))
+        contrast = batch_nce(asked[0], keys[1], self.temperature) + batch_nce(asked[1], keys[0], self.temperature)
+        return Losses(contrast=contrast).keeping(one=asked[0], two=keys[1])
 
     def after_step(self, after: After) -> None:
         super().after_step(after)
