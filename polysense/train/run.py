@@ -2,7 +2,6 @@
 import json
 import random
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
@@ -23,8 +22,8 @@ from polysense.train.adapting import RunStart, adapted, save_adapter
 from polysense.train.events import Event, Finished, Noted, Saved, Started, Stepped
 from polysense.train.feeding import Feeding, SourceFeeding, Stream
 from polysense.train.fit import Step, fit, parameters
-from polysense.train.health import Watch
 from polysense.train.folder import AVERAGED, WEIGHTS, Folder, Run, load_run
+from polysense.train.health import Watch
 from polysense.train.judging import judge_start
 from polysense.train.parallel import World, whole_tensor, world
 from polysense.train.precision import resolve
@@ -179,8 +178,8 @@ class Sitting:
         self.id, self.name, self.preset, self.needs, self.folder, self.seed, self.world = id, name, preset, needs, folder, seed, here
         self.every, self.log_every, self.budget = checkpoint_every, log_every, time_budget_s
         self.total, self.step, self.samples, self.skipped = sum(s.steps for s in preset.stages), 0, 0, 0
-        self.watch, self.health = Watch(), dict[str, float]()
         self.notes: list[str] = []
+        self.watch, self.health = Watch(), dict[str, float]()
         self.rested, self.cost = time.monotonic(), 0.0
         self.board: Board
 
@@ -228,10 +227,10 @@ class Sitting:
             share = self.budget * stage.steps / self.total if self.budget else None
             clock = (lambda share=share, entered=entered: (time.monotonic() - entered) / share) if share else None
             for s in fit(self.system, stage, checked(stream, self.needs), training=training, names=self.feeding.names, clock=clock):
+                self.step, losses, self.samples = self.step + 1, s.losses, self.samples + s.samples
                 if s.health:
                     self.health = s.health
                     self.notes += [f"step {self.step}: {said}" for said in self.watch.say(s.health)]
-                self.step, losses, self.samples = self.step + 1, s.losses, self.samples + s.samples
                 if self.step % self.log_every == 0 or s.index == stage.steps:
                     yield self.logged(stage, s, stream)
                     yield from self.note()
