@@ -6,6 +6,7 @@ SIGNS: dict[tuple[str, str], str] = {
     ("clip", "hf"): r"vision_model\.embeddings\.patch_embedding\.weight",
     ("clip", "openai"): r"visual\.conv1\.weight",
     ("clip", "open_clip"): r"visual\.(conv1\.weight|trunk\..*)",
+    ("coca", "open_clip"): r"text_decoder\.cross_attn\.0\.ln_1_kv\.weight",
     ("coop", "official"): r"(prompt_learner\.)?ctx",
     ("flip", "open_clip"): r"visual\.conv1\.weight",
     ("unicl", "official"): r"image_encoder\.layers\.0\.blocks\.0\.attn\.relative_position_bias_table",
