@@ -29,6 +29,7 @@ from polysense.data.sentences import Sentences
 from polysense.data.sources import BadSample, Sample, Source, name_of
 
 LEFT = 0.1                                              # share of a box that a crop must leave for it to count as in view
+BESIDE = {"mask", "depth", "hint", "edited"}            # what lies over a picture pixel by pixel
 # keys made through a picture's geometry
 PIXELS = ("image", "images", "views", "crops", "mask", "depth", "hint", "edited", "boxes", "box_label", "polygon", "keypoints")
 PAIR = {"segment", "follows"}                           # what is known of two sentences in one text: as a PairPlan says
@@ -102,7 +103,9 @@ class Maker:
 
     def __init__(self, source: Any, feed: Feed, tokenizer: Any, keys: Sequence[str], *, batch_size: int, seed: int, train: bool, rank: int,
                  world: int, cache_bytes: int):
-        self.source, self.feed, self.tokenizer, self.keys = source, feed, tokenizer, tuple(keys)
+        self.source, self.feed, self.tokenizer, self.asked = source, feed, tokenizer, tuple(keys)
+        alone = bool(BESIDE & set(keys)) and "image" not in keys             # a map is cut as its picture is, wanted or not
+        self.keys = (*self.asked, "image") if alone else self.asked
         self.batch_size, self.seed, self.train, self.rank, self.world = batch_size, seed, train, rank, world
         self.cache_bytes = cache_bytes
         self.exact = feed.image if feed.image and not (train and feed.train_image) else None
@@ -329,7 +332,7 @@ class Maker:
             self._words(batch, abouts, step)
             self._rest(batch, abouts, arrays)
             self._clips(batch, arrays, step)
-        return Made({k: batch[k] for k in VOCABULARY if k in batch and (k in self.keys or k == "index")}, ids, skipped, seen, bad)
+        return Made({k: batch[k] for k in VOCABULARY if k in batch and (k in self.asked or k == "index")}, ids, skipped, seen, bad)
 
     def _part(self, step: int, view: int, n: int) -> views.Draw:
         local = self.batch_size // self.world

@@ -19,6 +19,7 @@ from polysense.base.errors import UserError, need_extra
 from polysense.data.conversations import Conversations, talks
 from polysense.data.readers import PICTURES, CocoSource, Files, Record, TarSource, read_lines
 from polysense.data.sources import BadSample, ListSource, Sample, Source, held_out, offered
+from polysense.data.text_views import in_views
 
 ENDINGS = (*("." + e for e in PICTURES), ".jfif", ".avif")
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "dev", "test": "test"}
@@ -252,14 +253,14 @@ def picture_of(cell: Any, root: Path, n: int) -> tuple[Any, str]:
 
 
 def captions_of(cell: Any) -> list[str]:
-    """The captions in a cell: a string, a list, or a JSON list written as a string."""
-    if isinstance(cell, str) and cell.lstrip().startswith("["):
+    """The captions in a cell: a string, a list, an object of texts by origin (see `text_views`), or JSON of the latter two written as a string."""
+    if isinstance(cell, str) and cell.lstrip().startswith(("[", "{")):
         try:
             cell = json.loads(cell)
         except ValueError:
             pass
     if isinstance(cell, dict):
-        cell = cell.get("raw") or cell.get("text")
+        cell = cell.get("raw") or cell.get("text") or in_views(cell)
     return [str(c).strip() for c in (cell if isinstance(cell, (list, tuple)) else [cell]) if c is not None and str(c).strip()]
 
 

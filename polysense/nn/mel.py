@@ -80,3 +80,37 @@ class MelSpectrogram(Part):
         x = self.energies(audio)[:, :self.frames]
         x = F.pad(x, (0, 0, 0, self.frames - x.shape[1]))
         return ((x - self.mean) / self.std).transpose(1, 2)[:, None]
+
+
+class MelChunks(MelSpectrogram):
+    """Three pieces of a sound's spectrogram as the channels of one picture: one each out of the front, the middle and the back third of all pieces
+    of `frames` frames (Zhu et al. 2024, LanguageBind). Drawn in training, the first of each third otherwise.
+
+    A shorter sound is said over and over, as often as it fits; silence fills the rest, and all channels are the same.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(MelSpectrogram.Config):
+        pass
+
+    def starts(self, spare: int, count: int, device: torch.device | None = None) -> Tensor:
+        """Where the three pieces begin, [count,3], in a spectrogram with `spare` frames more than a piece has."""
+        third, rest = divmod(spare + 1, 3)
+        low = torch.tensor([0, third + (rest > 0), 2 * third + rest], device=device)              # thirds as even as can be, the longer ones first
+        many = torch.tensor([third + (rest > i) for i in range(3)], device=device)
+        low = torch.where(many > 0, low, 0)
+        part = torch.rand(count, 3, device=device) if self.training else torch.zeros(count, 3, device=device)
+        return low + (part * many).long()
+
+    def forward(self, audio: Tensor) -> Tensor:
+        """audio [B,S] in [-1, 1] -> [B,3,M,frames]."""
+        check_audio(audio)
+        room = self.frames * self.hop
+        if audio.shape[1] < room:
+            audio = audio.repeat(1, room // audio.shape[1])
+            audio = F.pad(audio, (0, room - audio.shape[1]))
+        x = self.energies(audio)
+        x = F.pad(x, (0, 0, 0, max(0, self.frames - x.shape[1])))
+        rows = self.starts(x.shape[1] - self.frames, len(x), x.device)[..., None] + torch.arange(self.frames, device=x.device)    # [B,3,frames]
+        pieces = x[torch.arange(len(x), device=x.device)[:, None, None], rows]                                                    # [B,3,frames,M]
+        return ((pieces - self.mean) / self.std).transpose(2, 3)

@@ -33,8 +33,14 @@ class PlaneTokens(Part):
         norm: Spec | None = None
 
         @property
+        def grid(self) -> tuple[int, int]:
+            """Patches down and across."""
+            h, w = ((n - self.kernel) // self.stride + 1 for n in self.size)
+            return h, w
+
+        @property
         def count(self) -> int:
-            return prod((n - self.kernel) // self.stride + 1 for n in self.size)
+            return prod(self.grid)
 
     def __init__(self, c: Config):
         super().__init__()

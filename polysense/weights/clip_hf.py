@@ -85,12 +85,12 @@ def write(config: Any) -> Dict:
     return {
         "architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": dim, "logit_scale_init_value": log(config.scale), "dtype": "float32",
         "text_config": {"model_type": "clip_text_model", "vocab_size": t.vocab, "max_position_embeddings": t.length, "projection_dim": dim, **ids,
-                        **_part(body_of(t.body, "hf"))},
+                        **sizes_of(body_of(t.body, "hf"))},
         "vision_config": {"model_type": "clip_vision_model", "image_size": config.vision.image_size, "patch_size": config.vision.patch,
-                          "projection_dim": dim, **_part(body_of(config.vision.body, "hf"))}}
+                          "projection_dim": dim, **sizes_of(body_of(config.vision.body, "hf"))}}
 
 
-def _part(of: Dict) -> Dict:
+def sizes_of(of: Dict) -> Dict:
     return {"hidden_size": of["width"], "num_hidden_layers": of["depth"], "num_attention_heads": of["heads"], "intermediate_size": of["hidden"],
             "hidden_act": act_name(of["act"], "hf"), "layer_norm_eps": of["eps"]}
 
