@@ -9,6 +9,7 @@ import io
 import os
 from bisect import bisect_right
 from collections.abc import Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from polysense.app.files import Progress, place
 from polysense.app.photos import Found, PhotoIndex
-from polysense.app.ways import able, ranked, shared_terms
+from polysense.app.ways import Parts, able, ranked
 from polysense.base.errors import UserError
 from polysense.data.images import ENDINGS, decode
 from polysense.pipeline import Explanation, overlay
@@ -63,24 +64,27 @@ def search(index: PhotoIndex, pipeline: Any, query: Any, k: int = 10, *, of: str
     pictured = bool(of) or is_picture(query)                 # not in words
     if by != "dense" and pictured:
         raise UserError(f"a {of or 'picture'} cannot be looked for by {by}", "--by is for queries in words")
-    vector = _vector(pipeline, query, of, pictured)
+    if not pictured and not query.strip():
+        raise UserError("the query is empty", "say what to look for, or give a picture")
     drawn = why and ((pipeline.can("encode_patches") and pipeline.can("encode_text")) or (pipeline.can("ground_text") and not pictured))
+    if rerank and pictured:
+        raise UserError(f"a {of or 'picture'} cannot be looked for twice", "--rerank is for queries in words")
     deep = max(k, rerank)
-    found_first = index.search(vector, deep) if by == "dense" else ranked(index, pipeline, query, deep, by=by, progress=progress)
-    if rerank:
-        if pictured:
-            raise UserError(f"a {of or 'picture'} cannot be looked for twice", "--rerank is for queries in words")
-        found_first = looked_again(pipeline, found_first[:rerank], query) + found_first[rerank:]
-    hits = []
-    for rank, found in enumerate(found_first[:k], 1):
-        reason = explain(pipeline, found.path, vector if pictured else query, by) if drawn else None
-        file = None
-        if reason and out:
-            file = Path(out) / f"{rank:03d}-{Path(found.path).stem}.png"
-            with place(file) as beside:
-                reason.overlay().save(beside, "png")
-        terms = shared_terms(index, pipeline, query, found.path) if by == "sparse" else ()
-        hits.append(Hit(rank, found.path, found.score, reason, str(file) if file else None, terms))
+    with nullcontext() if by == "dense" else closing(Parts(index, pipeline)) as parts:
+        vector = _vector(pipeline, query, of, pictured) if parts is None else None
+        found_first = ranked(index, pipeline, query, deep, by=by, progress=progress, parts=parts) if vector is None else index.search(vector, deep)
+        if rerank:
+            found_first = looked_again(pipeline, found_first[:rerank], query) + found_first[rerank:]
+        hits = []
+        for rank, found in enumerate(found_first[:k], 1):
+            reason = explain(pipeline, found.path, query if vector is None or not pictured else vector, by) if drawn else None
+            file = None
+            if reason and out:
+                file = Path(out) / f"{rank:03d}-{Path(found.path).stem}.png"
+                with place(file) as beside:
+                    reason.overlay().save(beside, "png")
+            terms = parts.shared(query, found.path) if parts is not None and by == "sparse" else ()
+            hits.append(Hit(rank, found.path, found.score, reason, str(file) if file else None, terms))
     return hits
 
 
@@ -94,8 +98,6 @@ def _vector(pipeline: Any, query: Any, of: str, pictured: bool) -> np.ndarray:
         return pipeline.encode(audios=[query])[0] if of == "audio" else pipeline.encode(videos=[query])[0]
     if pictured:
         return pipeline.encode(images=[decode(query)])[0]
-    if not query.strip():
-        raise UserError("the query is empty", "say what to look for, or give a picture")
     return pipeline.encode(texts=[query])[0]
 
 

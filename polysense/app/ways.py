@@ -5,21 +5,26 @@
     fused    reciprocal ranks of dense and of those of the two that the system can do, added: 1 / (60 + rank) (Cormack et al. 2009)
 
 `ranked(index, pipeline, query, k, by=...) -> list[Found]`. What a way needs to know of the pictures lies beside the index in `parts.sqlite`: it is
-made when first asked for (or by `prepare_ways`), kept by content, and left out with the pictures.
+made when first asked for (or by `prepare_ways`), kept by content, and left out with the pictures. Where the index cannot be written, or is a server,
+it lies in the user's cache folder; what a read-only index brings with it is taken over.
 """
+import hashlib
 import os
+import shutil
 import sqlite3
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from polysense.app.files import Progress, ahead, readable
+from polysense.app.files import Progress, ahead, place, readable
 from polysense.app.photos import Found, PhotoIndex
 from polysense.base.errors import UserError
 from polysense.pipeline.words import encode_terms, encode_words, late_scores, patches_of, plain_token, terms_of_prepared
+from polysense.train.starts import cache_root
 
 WAYS = ("dense", "sparse", "late", "fused")
 NEEDS = {"dense": (), "fused": (), "sparse": ("encode_image_terms", "encode_text_terms"), "late": ("encode_patches", "encode_words")}
@@ -39,39 +44,32 @@ def able(pipeline: Any, way: str) -> bool:
 
 
 def ranked(index: PhotoIndex, pipeline: Any, query: str, k: int, *, by: str = "dense", shortlist: int = SHORTLIST,
-           progress: Progress | None = None) -> list[Found]:
-    """The k pictures that fit a text best, by one of WAYS; UserError where the system cannot search so."""
+           progress: Progress | None = None, parts: "Parts | None" = None) -> list[Found]:
+    """The k pictures that fit a text best, by one of WAYS; UserError where the system cannot search so. parts: those of this index, where more is
+    asked of them (they stay open, and know the query)."""
     if by not in WAYS:
         raise UserError(f"there is no way {by!r} to search", f"the ways are {', '.join(WAYS)}")
     for capability in NEEDS[by]:
         pipeline._need(capability)
     if by == "dense":
         return index.search(pipeline.encode(texts=[query])[0], k)
-    with closing(Parts(index, pipeline)) as parts:
-        if by == "sparse":
-            return parts.sparse(query, k, progress)
-        if by == "late":
-            return parts.late(query, max(k, shortlist), progress)[:k]
-        deep = max(k, shortlist)
-        lists = [index.search(pipeline.encode(texts=[query])[0], deep)]
-        if able(pipeline, "sparse"):
-            lists.append(parts.sparse(query, deep, progress))
-        if able(pipeline, "late"):
-            lists.append(parts.late(query, deep, progress))
-        if len(lists) == 1:
-            raise UserError(f"{pipeline.id or 'this system'} can only search by dense vectors",
-                            "leave --by out, or train a system that gives words and patches, or terms")
-        return fuse(lists)[:k]
-
-
-def shared_terms(index: PhotoIndex, pipeline: Any, query: str, path: str, top: int = 8) -> tuple[tuple[str, float, float], ...]:
-    """What a text and an indexed picture have in common: (token, weight in the text, weight in the picture), largest product first."""
-    weights = encode_terms(pipeline, texts=[query])[0]
-    with closing(Parts(index, pipeline)) as parts:
-        sha = next((s for s, at in parts.places.items() if path in at), b"")
-        seen = dict(parts.db.execute("select term, weight from terms join pictures on id = picture where sha = ?", (sha,)).fetchall())
-    met = sorted(((float(weights[t]) * w, t, w) for t, w in seen.items() if weights[t] > 0), reverse=True)[:top]
-    return tuple((plain_token(pipeline.tokenizer.token(t)), float(weights[t]), float(w)) for _, t, w in met)
+    if parts is None:
+        with closing(Parts(index, pipeline)) as parts:
+            return ranked(index, pipeline, query, k, by=by, shortlist=shortlist, progress=progress, parts=parts)
+    if by == "sparse":
+        return parts.sparse(query, k, progress)
+    if by == "late":
+        return parts.late(query, max(k, shortlist), progress)[:k]
+    deep = max(k, shortlist)
+    lists = [index.search(parts.vector(query), deep)]
+    if able(pipeline, "sparse"):
+        lists.append(parts.sparse(query, deep, progress))
+    if able(pipeline, "late"):
+        lists.append(parts.late(query, deep, progress))
+    if len(lists) == 1:
+        raise UserError(f"{pipeline.id or 'this system'} can only search by dense vectors",
+                        "leave --by out, or train a system that gives words and patches, or terms")
+    return fuse(lists)[:k]
 
 
 def fuse(lists: Sequence[Sequence[Found]]) -> list[Found]:
@@ -89,17 +87,38 @@ def prepare_ways(index: PhotoIndex, pipeline: Any, progress: Progress | None = N
         return {way: parts.complete(way, None, progress) for way in ("sparse", "late") if able(pipeline, way)}
 
 
+def place_of(index: PhotoIndex, digest: str) -> Path | str:
+    """Where the parts of an index lie: in its folder; in the user's cache where that cannot be written, or there is none, by the index and the model,
+    begun with what the folder holds; in memory where the cache cannot be written either."""
+    folder = next(iter(index.own_files()), None)
+    if folder is not None and os.access(folder, os.W_OK):
+        return folder / "parts.sqlite"
+    whose = getattr(index, "birth", "") or f"{type(index).__name__} {folder} {getattr(index, 'uri', '')} {getattr(index, 'collection', '')}"
+    file = cache_root().parent / "parts" / f"{hashlib.blake2b(f'{whose} {digest}'.encode(), digest_size=12).hexdigest()}.sqlite"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(file.parent, os.W_OK):
+            return ":memory:"
+        if not file.exists() and folder is not None and (folder / "parts.sqlite").is_file():
+            with suppress(OSError), place(file) as beside:
+                shutil.copyfile(folder / "parts.sqlite", beside)
+    except OSError:
+        return ":memory:"
+    return file
+
+
 class Parts:
-    """What the ways know of the pictures of one index, in `parts.sqlite` in its folder (in memory where that is read-only)."""
+    """What the ways know of the pictures of one index (see `place_of`), and of the queries that were asked while it is open."""
 
     def __init__(self, index: PhotoIndex, pipeline: Any):
-        folder = next(iter(index.own_files()), None)
-        file = folder / "parts.sqlite" if folder is not None and os.access(folder, os.W_OK) else ":memory:"
+        file = place_of(index, pipeline.digest)
         self.index, self.pipeline = index, pipeline
         self.places: dict[bytes, list[str]] = {}
         for row in index.known().values():
             if not row.reason:
                 self.places.setdefault(row.sha, []).append(index.path(row.path))
+        self.content = {path: sha for sha, paths in self.places.items() for path in paths}
+        self.said: dict[tuple[str, str], np.ndarray] = {}
         self.db = sqlite3.connect(file, timeout=30, isolation_level=None)
         try:
             self.db.executescript(TABLES)
@@ -167,13 +186,38 @@ class Parts:
                 self.db.executemany(f"delete from {table} where {column} = ?", gone)
             self.db.execute("commit")
 
+    # -- the query, encoded once ------------------------------------------------------------------------------------------------------------
+
+    def vector(self, query: str) -> np.ndarray:
+        """[D]"""
+        return self._once("vector", query, lambda: self.pipeline.encode(texts=[query])[0])
+
+    def weights(self, query: str) -> np.ndarray:
+        """Of its terms, [V]."""
+        return self._once("terms", query, lambda: encode_terms(self.pipeline, texts=[query])[0])
+
+    def words(self, query: str) -> np.ndarray:
+        """[L,D]"""
+        return self._once("words", query, lambda: encode_words(self.pipeline, query))
+
+    def _once(self, what: str, query: str, encode: Callable[[], np.ndarray]) -> np.ndarray:
+        if (what, query) not in self.said:
+            self.said[what, query] = encode()
+        return self.said[what, query]
+
     # -- asking -------------------------------------------------------------------------------------------------------------------------
 
     def sparse(self, query: str, k: int, progress: Progress | None = None) -> list[Found]:
         """By the inverted index: only pictures that share a term with the query are found."""
         self.complete("sparse", None, progress)
-        weights = encode_terms(self.pipeline, texts=[query])[0]
-        return self.by_terms(weights, k)
+        return self.by_terms(self.weights(query), k)
+
+    def shared(self, query: str, path: str, top: int = 8) -> tuple[tuple[str, float, float], ...]:
+        """What a text and an indexed picture have in common: (token, weight in the text, weight in the picture), largest product first."""
+        weights = self.weights(query)
+        seen = self.db.execute("select term, weight from terms join pictures on id = picture where sha = ?", (self.content.get(path, b""),))
+        met = sorted(((float(weights[t]) * w, t, w) for t, w in seen if weights[t] > 0), reverse=True)[:top]
+        return tuple((plain_token(self.pipeline.tokenizer.token(t)), float(weights[t]), float(w)) for _, t, w in met)
 
     def by_terms(self, weights: np.ndarray, k: int) -> list[Found]:
         """The k pictures with the largest dot product with the weights [V] of a query."""
@@ -189,10 +233,10 @@ class Parts:
 
     def late(self, query: str, shortlist: int, progress: Progress | None = None) -> list[Found]:
         """The best `shortlist` by dense, judged again word by word."""
-        paths = {f.path for f in self.index.search(self.pipeline.encode(texts=[query])[0], shortlist)}
+        paths = {f.path for f in self.index.search(self.vector(query), shortlist)}
         chosen = [sha for sha, at in self.places.items() if paths & set(at)]
         self.complete("late", chosen, progress)
-        words = encode_words(self.pipeline, query)
+        words = self.words(query)
         known = {sha: (count, blob) for sha, count, blob in self._patches(chosen)}
         if not known:
             return []

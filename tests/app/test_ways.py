@@ -1,4 +1,5 @@
 """Sparse, late and fused search, with a system of colours: pictures and words have terms, patches and words."""
+import os
 import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,6 +167,58 @@ def test_pictures_are_looked_at_once_and_follow_the_index(asked):
 
 def Parts_of(index, eye):
     return sqlite3.connect(index.folder / "parts.sqlite")
+
+
+@pytest.fixture
+def read_only(asked, tmp_path, monkeypatch):
+    """The same index where nothing may be written into its folder; the cache is another folder."""
+    index, eye, photos = asked
+    monkeypatch.setenv("POLYSENSE_CACHE", str(tmp_path / "cache"))
+    may = os.access
+    monkeypatch.setattr("polysense.app.ways.os.access", lambda path, mode: not str(path).startswith(str(index.folder)) and may(path, mode))
+    return index, eye, photos
+
+
+def test_of_a_read_only_index_the_parts_lie_in_the_users_cache(read_only, tmp_path):
+    index, eye, _ = read_only
+    hit, = search(index, eye, "red", 1, by="sparse")
+    assert [t for t, *_ in hit.terms] == ["red"], "what met is told as ever"
+    assert not (index.folder / "parts.sqlite").exists() and len(list((tmp_path / "cache" / "parts").glob("*.sqlite"))) == 1
+    before = eye.system.looked
+    assert [h.path for h in search(index, eye, "red", 1, by="sparse", why=False)] == [hit.path]
+    assert eye.system.looked == before, "no picture is looked at twice"
+
+
+def test_parts_that_a_read_only_index_brings_are_taken_over(asked, tmp_path, monkeypatch, request):
+    index, eye, _ = asked
+    prepare_ways(index, eye)
+    before = eye.system.looked
+    request.getfixturevalue("read_only")
+    assert search(index, eye, "red", 1, by="sparse", why=False)[0].terms and ranked(index, eye, "red blue", 3, by="late")
+    assert eye.system.looked == before
+    index.birth = "another"                              # an index that nobody can write and a cache that nobody can write
+    monkeypatch.setattr("polysense.app.ways.os.access", lambda path, mode: False)
+    assert search(index, eye, "red", 1, by="sparse", why=False)[0].terms, "in memory all the same"
+    assert len(list((tmp_path / "cache" / "parts").glob("*.sqlite"))) == 1
+
+
+def test_a_query_is_encoded_once_and_the_parts_are_opened_once(asked, monkeypatch):
+    index, eye, _ = asked
+    prepare_ways(index, eye)
+    calls: list[str] = []
+    for name in ("encode_text", "encode_text_terms", "encode_words"):
+        encode = getattr(eye.system, name)
+        monkeypatch.setattr(eye.system, name, lambda text, name=name, encode=encode: calls.append(name) or encode(text))
+    opened: list[int] = []
+    begin = Parts.__init__
+    monkeypatch.setattr(Parts, "__init__", lambda self, *args: opened.append(1) or begin(self, *args))
+    assert len(search(index, eye, "red blue", 4, by="sparse", why=False)) == 4
+    assert calls == ["encode_text_terms"] and len(opened) == 1
+    calls.clear()
+    search(index, eye, "red blue", 4, by="fused", why=False)
+    assert sorted(calls) == ["encode_text", "encode_text_terms", "encode_words"] and len(opened) == 2
+    with pytest.raises(UserError, match="query is empty"):
+        search(index, eye, " ", 4, by="sparse")
 
 
 def test_wrong_ways(asked, tmp_path):
