@@ -52,7 +52,7 @@ class AugmentPlan(ViewPlan):
 @dataclass(frozen=True, kw_only=True)
 class TextPlan(Spec):
     """Which tokeniser, and how long a text may be (start and end tokens included)."""
-    kind: str = "bpe"                                   # "bpe": CLIP's lower-cased byte-level one; "wordpiece": BERT's; "llama", "t5", "roberta": read only
+    kind: str = "bpe"                                   # "bpe": CLIP's lower-cased bytes; "wordpiece": BERT's; "llama", "t5", "roberta": read only
     vocab: int                                          # upper bound; a tokeniser trained on few captions may stay below it
     length: int
     pad: str = "end"                                    # "end": pad with the end token (transformers); "zero": with 0 (OpenAI)

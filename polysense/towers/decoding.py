@@ -71,7 +71,7 @@ class Nucleus(Configured):
 
 
 class Beam(Configured):
-    """Beam search: the `beams` likeliest beginnings are followed; a finished text scores log p / length ** length_penalty (Wu et al. 2016)."""
+    """Beam search: the `beams` likeliest beginnings are followed; a finished text scores log p / length ** length_penalty."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Spec):
@@ -83,12 +83,16 @@ class Beam(Configured):
             raise UserError(f"{c.beams} beams", "follow at least one")
         self.c = c
 
+    def length(self, words: int) -> float:
+        """Hook: what the log-probability of a text of so many words is divided by."""
+        return words ** self.c.length_penalty
+
     def __call__(self, logits: Tensor, writer: Writer, *, max_new: int, end: int | None, pad: int = 0) -> Tensor:
         """As Greedy's: the best text of each sequence.
 
         It ends when no running beam, scored at its present length, beats the worst of `beams` finished ones, or after max_new tokens.
         """
-        k, penalty, (b, v), device = self.c.beams, self.c.length_penalty, logits.shape, logits.device
+        k, (b, v), device = self.c.beams, logits.shape, logits.device
         base = torch.arange(b, device=device)[:, None] * k                                   # first row of each sequence
         writer.pick(torch.arange(b, device=device).repeat_interleave(k))
         running = torch.full((b, k), -torch.inf, device=device)
@@ -106,16 +110,28 @@ class Beam(Configured):
             over = torch.full_like(ends, n == max_new - 1)
             stops = ends | over if n == max_new - 1 else ends
             stops = stops & (torch.arange(stops.shape[1], device=device) < k)                  # an end counts only among the k best
-            worth = (best / (n + 1) ** penalty).masked_fill(~stops, -torch.inf)
+            worth = (best / self.length(n + 1)).masked_fill(~stops, -torch.inf)
             done, keep = torch.cat([done, worth], 1).topk(k, -1)
             done_text = torch.cat([done_text, grown], 1).gather(1, keep[..., None].expand(-1, -1, max_new))
             running, order = best.masked_fill(ends, -torch.inf).topk(k, -1)
-            if n == max_new - 1 or bool((running[:, 0] / (n + 1) ** penalty <= done[:, -1]).all()):
+            if n == max_new - 1 or bool((running[:, 0] / self.length(n + 1) <= done[:, -1]).all()):
                 break
             text = grown.gather(1, order[..., None].expand(-1, -1, max_new))
             writer.pick((base + beam.gather(1, order)).flatten())
             logits = writer(token.gather(1, order).flatten())
         return _trimmed(done_text[:, 0], end, pad)
+
+
+class SmoothBeam(Beam):
+    """Beam search whose short texts are penalised less: log p / ((5 + length) / 6) ** length_penalty (Wu et al. 2016, equation 14)."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Beam.Config):
+        beams: int = 4
+        length_penalty: float = 0.6          # Vaswani et al. 2017, section 6.1
+
+    def length(self, words: int) -> float:
+        return ((5 + words) / 6) ** self.c.length_penalty
 
 
 def _one_by_one(choose, logits: Tensor, writer: Writer, max_new: int, end: int | None, pad: int) -> Tensor:  # type: ignore[no-untyped-def]

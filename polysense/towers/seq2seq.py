@@ -8,6 +8,7 @@ Interface (masks are True on real tokens; a source may be padded anywhere, a tex
     lm.generate(x, mask, max_new=, end=, how=) -> ids [B,N]
 """
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -117,19 +118,33 @@ class Seq2Seq(Tower):
 
         The encoder reads once, the decoder keeps keys and values of what it wrote. how: a strategy of `towers.decoding`, greedy by default.
         """
-        if max_new < 1:
-            raise UserError(f"max_new={max_new}", "ask for at least one token")
-        writer = SourceWriter(self, self.read(x, mask), mask, self.decoder.cache(len(x), max_new))
-        logits = writer(torch.full((len(x),), self.begin, dtype=torch.int64, device=x.device))
-        if not bool(logits.isfinite().all()):
-            raise UserError("the language model returned numbers that are not finite", "the weights or the picture are damaged")
-        return (how or Greedy.Config()).build()(logits, writer, max_new=max_new, end=end, pad=pad)
+        return write(self, self.read(x, mask), mask, max_new=max_new, end=end, pad=pad, how=how)
+
+
+class Decodes(Protocol):
+    """A decoder that reads a source: T5's, and the one of 2017."""
+    decoder: Any                                         # a Transformer
+    begin: int
+
+    def decode(self, text: Tensor, source: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor: ...
+    def logits(self, hidden: Tensor) -> Tensor: ...
+
+
+def write(lm: Decodes, source: Tensor, mask: Tensor | None, *, max_new: int, end: int | None, pad: int = 0, how: Spec | None = None) -> Tensor:
+    """States source [B,S,D], mask [B,S] -> new ids [B,N], N <= max_new, up to and with `end`, then `pad`; see `Seq2Seq.generate`."""
+    if max_new < 1:
+        raise UserError(f"max_new={max_new}", "ask for at least one token")
+    writer = SourceWriter(lm, source, mask, lm.decoder.cache(len(source), max_new))
+    logits = writer(torch.full((len(source),), lm.begin, dtype=torch.int64, device=source.device))
+    if not bool(logits.isfinite().all()):
+        raise UserError("the language model returned numbers that are not finite", "the weights or the picture are damaged")
+    return (how or Greedy.Config()).build()(logits, writer, max_new=max_new, end=end, pad=pad)
 
 
 class SourceWriter:
     """A `decoding.Writer`: the decoder, the states it reads, and the cache of what it has written."""
 
-    def __init__(self, lm: Seq2Seq, source: Tensor, mask: Tensor | None, cache: Cache):
+    def __init__(self, lm: Decodes, source: Tensor, mask: Tensor | None, cache: Cache):
         self.lm, self.source, self.mask, self.cache = lm, source, mask, cache
 
     def __call__(self, token: Tensor) -> Tensor:

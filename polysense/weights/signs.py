@@ -70,6 +70,7 @@ SIGNS: dict[tuple[str, str], str] = {
     ("nfnet", "timm"): r"stages\.0\.0\.skipinit_gain",
     ("alexnet", "torchvision"): r"classifier\.1\.weight",
     ("bert", "hf"): r"(bert\.)?embeddings\.word_embeddings\.weight",
+    ("transformer", "marian"): r"final_logits_bias",
     ("bert", "roberta"): r"(roberta\.)?embeddings\.word_embeddings\.weight",
 }
 

@@ -52,6 +52,8 @@ VARIANTS: dict[str, Variant] = {
     "combos": Variant("drawn scenes of one thing; the class is colour and shape, test shows pairs never trained on", _STILL, _ONE),
     "digits": Variant("drawn scenes of one handwritten digit", _STILL, {"objects": (1, 1), "digits": 1.0}),
     "nested": Variant("drawn things with parts: a mask for each whole and for each part on it", _STILL, {"digits": 0.0}),
+    "programs": Variant("scenes described in a formal language and in English, and the one as a question whose answer is the other",
+                        ("image", "text", "label", "question", "answer"), {"objects": (1, 2), "digits": 0.0}),
     "qa": Variant("drawn scenes with questions and answers", (*_STILL, "question", "answer"), {}),
     "edits": Variant("drawn scenes with an instruction and the picture after it", (*_STILL, "edited"), {"objects": (1, 3)}),
     "clips": Variant("drawn scenes that move, with what happens in words", ("image", "text", "label", "video"), {"objects": (1, 2), "digits": 0.0}),

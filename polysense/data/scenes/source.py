@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from polysense.base.errors import UserError
-from polysense.data.scenes import ask, edit, motion, nest, say, sound
+from polysense.data.scenes import ask, edit, motion, nest, program, say, sound
 from polysense.data.scenes.options import VARIANTS, Options, read_options
 from polysense.data.scenes.paint import Picture, boxes_of, keypoints_of, paint
 from polysense.data.scenes.palette import DIGITS, THINGS
@@ -100,6 +100,8 @@ class ScenesSource(Source):
         variant, rng, most = self.options.variant, self.stream(i, _WORDS), self.options.captions
         if variant == "clips":
             return self.clip(i).captions[:most]
+        if variant == "programs":
+            return [said for said, _ in program.both_ways(self.scene(i))]
         if variant == "edits":
             return self.edit(i).instructions[:most]
         return sound.captions(self.scene(i), rng)[:most] if variant == "sounds" else say.captions(self.scene(i), rng, most)
@@ -117,7 +119,9 @@ class ScenesSource(Source):
             out["boxes"] = boxes_of(self._masks(i))
             out["keypoints"] = keypoints_of(picture)
             out["box_label"] = np.array([THINGS.index(t.shape) for t in picture.scene.things], np.int64)
-        if "question" in self.offers:
+        if self.options.variant == "programs":
+            out["qa"] = program.both_ways(self.scene(i))
+        elif "question" in self.offers:
             out["qa"] = ask.questions(self.scene(i), self.world, self.stream(i, _QUESTIONS))
         if self.options.variant == "edits":
             out["instruction"] = out["captions"][0]
