@@ -22,7 +22,7 @@ class Features:
     name: str
     offers: tuple[str, ...]
     classes: tuple[str, ...]
-    features: Tensor                                     # [n,D] float32 on the CPU
+    features: Tensor                                     # [n,D] float32 on the CPU; where asked for, [n,N,D]
     labels: np.ndarray                                   # int64 [n], -1 where a sample has none
     captions: list[list[str]]
     skipped: list[tuple[str, str]] = field(default_factory=list)     # (sample id, reason)
@@ -54,11 +54,13 @@ def frozen(system: Any) -> Iterator[None]:
             module.training = mode
 
 
-def encode_all_images(subject: Any, source: Any, progress: Progress | None = None, *, batch_size: int = 64) -> Features:
+def encode_all_images(subject: Any, source: Any, progress: Progress | None = None, *, batch_size: int = 64,
+                      encode: Callable[[Tensor], Tensor] | None = None) -> Features:
     """Features of every readable picture of a source, in its order; unreadable ones are listed in `skipped`.
 
-    `progress(done, total)` after each batch. Features given in place of a source are returned as they are. Raises UserError where no
-    picture can be read or the system returns numbers that are not finite.
+    `encode`: in place of `encode_image`, such as one that gives the places of a picture, [n,N,D]. `progress(done, total)` after each batch.
+    Features given in place of a source are returned as they are. Raises UserError where no picture can be read or the system returns numbers that
+    are not finite.
     """
     if isinstance(source, Features):
         return source
@@ -78,7 +80,7 @@ def encode_all_images(subject: Any, source: Any, progress: Progress | None = Non
             got = list(pool.map(read, range(start, min(start + batch_size, len(source)))))
             skipped += [(s.id, s.reason) for s in got if isinstance(s, BadSample)]
             if good := [s for s in got if not isinstance(s, BadSample)]:
-                rows.append(finite(subject.system.encode_image(subject.read_images([s["image"] for s in good])), "encode_image"))
+                rows.append(finite((encode or subject.system.encode_image)(subject.read_images([s["image"] for s in good])), "encode_image"))
                 labels += [int(s.get("label", -1)) for s in good]
                 captions += [[c for c in s.get("captions", ()) if c.strip()] for s in good]
             if progress:
