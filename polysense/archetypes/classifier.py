@@ -6,23 +6,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from polysense.base.errors import UserError
-from polysense.base.system import Spec, System
+from polysense.base.system import System
+from polysense.towers.headed import Headed
 
 
-class Classifier(System):
-    """Any image tower under any head (a dense layer, ViT's tanh MLP, nothing).
-
-    `encode_image` is the pooled feature below the head, so the head can be swapped at transfer.
-    """
+class Classifier(Headed, System):
+    """`encode_image` is the pooled feature below the head, so the head can be swapped at transfer."""
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(Spec):
-        backbone: Spec
-        head: Spec
-
-    def __init__(self, c: Config):
-        super().__init__()
-        self.backbone, self.head = c.backbone.build(), c.head.build()
+    class Config(Headed.Config):
+        pass
 
     def encode_image(self, image: Tensor) -> Tensor:
         """image [B,3,H,W] -> [B,D], unit norm: the backbone's pooled feature."""
@@ -30,7 +23,7 @@ class Classifier(System):
 
     def classify(self, image: Tensor) -> Tensor:
         """image [B,3,H,W] -> logits [B,C]."""
-        return self.head(self.backbone.pooled(image)).float()
+        return self(image)
 
     def ten_crops(self, image: Tensor, size: int) -> Tensor:
         """image [B,3,H,W] -> class probabilities [B,C]: the mean softmax over the corners, the centre, and all five mirrored (Krizhevsky et al.

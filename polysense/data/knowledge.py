@@ -96,14 +96,13 @@ class Knowledge:
         return ""
 
     def concepts(self, text: str, most: int = 3) -> list[str]:
-        """Names in a text that the dictionary knows: runs of words without stop words, the longest known part of each, the rightmost first."""
+        """Names in a text that the dictionary knows: of each run of words without stop words the longest beginning that `gloss` knows, from left to
+        right."""
         out: list[str] = []
         for run in _runs(text):
-            for k in range(len(run)):
-                name = " ".join(run[k:])
-                if self.gloss(name) and name not in out:
-                    out.append(name)
-                    break
+            name = next((" ".join(run[:end]) for end in range(len(run), 0, -1) if self.gloss(" ".join(run[:end]))), "")
+            if name and name not in out:
+                out.append(name)
         return out[:most]
 
     def enrich(self, text: str, name: str) -> str:

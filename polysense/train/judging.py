@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from polysense.base.catalogue import card_of
 from polysense.base.errors import UserError
 from polysense.base.plan import Preset, Start
-from polysense.base.protocols import fulfils
 from polysense.base.telling import Entities
 from polysense.data.entities import EntityBase, Score
 from polysense.data.images import read_images
@@ -36,9 +36,12 @@ def judge_start(preset: Preset) -> Start | None:
     if not asked:
         return None
     folder = Path(asked).expanduser()
-    if (folder / "run.json").is_file():
-        return RunStart(into="", from_=read_facts(folder)["system"], folder=str(folder.absolute()))
+    run = read_facts(folder)["system"] if (folder / "run.json").is_file() else ""
     id, _, name = asked.partition(":")
+    if not {"encode_image", "encode_text"} <= set(card_of(run or id).can):
+        raise UserError(f"{asked!r} cannot judge whether a text fits a picture", "name a system that encodes both, such as clip, or a run of one")
+    if run:
+        return RunStart(into="", from_=run, folder=str(folder.absolute()))
     return DataStart(into="", from_=id, preset=name or "tiny", data=preset.data)
 
 
@@ -47,8 +50,6 @@ class RunJudge:
 
     def __init__(self, system: Any, preset: Preset, tokenizer: Any):
         self.system, self.plan, self.tokenizer = system, preset.feed.image, tokenizer
-        if not (fulfils(system, "encode_image") and fulfils(system, "encode_text")) or self.plan is None or tokenizer is None:
-            raise UserError(f"{type(system).__name__} cannot judge whether a text fits a picture", "name a system that encodes both, such as clip")
 
     def score(self, source: Source, base: EntityBase) -> Score:
         texts = [e.text for e in base.entities]

@@ -109,6 +109,7 @@ def train_preset(id: str, preset: Preset, needs: Iterable[str], *, name: str = "
                 raise UserError(f"batch_size={stage.batch_size} of stage {i} cannot be shared by {here.size} ranks", "make it a multiple")
         if resume and out is None:
             raise UserError("a resumed run needs its folder", "say which one with --out")
+        asked = judge_start(preset)
         feeding = feeding or SourceFeeding(preset, needs, split, workers)
         folder = Folder(here.leading(lambda: Path(out) if out else free_folder(id, name)))
         facts = {"system": id, "preset": name, "overrides": overrides or {}, "plan": preset.to_dict(), "seed": seed, "data": preset.data,
@@ -121,7 +122,7 @@ def train_preset(id: str, preset: Preset, needs: Iterable[str], *, name: str = "
         bases: list[Run] = []
         for start in preset.starts:
             bases.append((yield from base_of(start, id, folder, depth, here, {"device": device, "parallel": parallel, "workers": workers})))
-        if isinstance(feeding, SourceFeeding) and (asked := judge_start(preset)):
+        if isinstance(feeding, SourceFeeding) and asked:
             judge = yield from base_of(asked, id, folder, depth, here, {"device": device, "parallel": parallel, "workers": workers})
             yield Noted(id, folder.path, feeding.judged(judge))
         sitting = Sitting(id, name, preset, tuple(needs), folder, seed, here, checkpoint_every, log_every, time_budget_s)

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from polysense.base.errors import UserError
+from polysense.weights.convnet_torchvision import convolutions
 from polysense.weights.files import read_state
 from polysense.weights.keymap import KeyMap, Op, Rule, State, both, load_into, rename, rule
 
@@ -13,13 +14,9 @@ pointwise = Op("pointwise", lambda t: [t[0].reshape(-1)], lambda t: [t[0].view(1
 
 
 def placed(config: Any) -> Iterator[tuple[int, int, str]]:
-    """(slice, number in torchvision's `features`, our name) of each convolution; ReLU and pools are counted, and slice s ends with the s-th map."""
-    n, stage, at = 0, 0, 0
-    for i, row in enumerate(config.rows):
-        yield sum(i > last for last in config.seen) + 1, n, f"stages.{stage}.{at}.conv"
-        n, at = n + 2, at + 1
-        if row.pool is not None:
-            n, stage, at = n + 1, stage + 1, 0
+    """(slice, number in torchvision's `features`, our name) of each convolution; slice s ends with the s-th map."""
+    for i, (n, name) in enumerate(convolutions(config)):
+        yield sum(i > last for last in config.seen) + 1, n, name
 
 
 def keymap(config: Any) -> KeyMap:

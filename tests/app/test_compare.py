@@ -228,7 +228,7 @@ def test_all_see_the_same_samples_in_the_same_order(first, words):
 
     plans = [e.plan for e in line_up(PAIR, "digits", Budget(steps=3), overrides=SMALL)]
     rows = [[next(it)["index"].tolist() for _ in range(2)] for p in plans
-            for it in [iter(Loader(source("digits"), p.feed, words(p.feed.text), batch_size=p.stages[0].batch_size, seed=0, workers=0,
+            for it in [iter(Loader(source("digits"), p.feed, words(p.feed), batch_size=p.stages[0].batch_size, seed=0, workers=0,
                                    needs=("image", "text")))]]
     assert rows[0] == rows[1]
 

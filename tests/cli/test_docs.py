@@ -89,14 +89,17 @@ def test_every_command_line_in_the_documents_parses(line):
     command = group.commands[words.pop(0)]
     while hasattr(command, "commands"):
         command = command.commands[words.pop(0)]
-    context = command.make_context("polysense", words)
+    context = command.make_context("polysense", words)          # raises for an option that is not there and for a missing argument
+    said = context.params
+    assert not context.args, "words that the command does not take"
+    assert "id" not in said or said["id"].startswith("my_") or said["id"] in polysense.catalogue(), "a system that is not there"
     if command.name == "train":                          # its dotted changes fit the preset
         from polysense.base.catalogue import preset_of
         from polysense.base.spec import parse_overrides
         from polysense.train.run import override
 
-        said = context.params
-        override(preset_of(said["id"], said["preset"] or "tiny"), parse_overrides(said["overrides"] or []))
+        changed = override(preset_of(said["id"], said["preset"] or "tiny"), changes := parse_overrides(said["overrides"] or []))
+        assert not changes or changed != preset_of(said["id"], said["preset"] or "tiny"), "changes that change nothing"
 
 
 @pytest.mark.parametrize("path", PROSE, ids=lambda p: p.name)

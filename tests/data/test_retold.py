@@ -146,6 +146,7 @@ def test_captions_get_the_glosses_of_the_concepts_they_mention():
     assert data.about(0)["captions"] == ["two sea lions near the city", "two sea lions near the city ; sea lions , an eared seal",
                                          "two sea lions near the city ; city , a large town"]
     assert data.about(1)["captions"] == ["nothing known here"]
+    assert BOOK.concepts("blick number three, a red city hall of the run") == ["blick", "red city", "run"]
     kinds = ListSource("kinds", [{"id": 0, "image": GREY, "label": 0}], ("image", "label"), classes=("blick",))
     assert informed(prompted(kinds, ("a {}.",)), BOOK).about(0)["captions"] == ["a blick.", "a blick. ; blick , a red star with a hole"]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from polysense.base.card import Card
 from polysense.base.errors import UserError
-from polysense.base.system import AugmentPlan, Batch, Feed, ImagePlan, Losses, Optim, Part, Preset, Spec, Stage, Start, System, ViewPlan, final
+from polysense.base.system import AugmentPlan, Batch, Feed, ImagePlan, Losses, Optim, Preset, Spec, Stage, Start, System, ViewPlan, final
 from polysense.mechanisms.mixing import Mixing
 from polysense.mechanisms.teacher import Teacher
 from polysense.nn.block import PreNorm
@@ -29,6 +29,7 @@ from polysense.nn.residual import CIFAR_STEM, Basic, Bottleneck, Pad
 from polysense.nn.transformer import Transformer
 from polysense.objectives.classify import softmax_ce
 from polysense.objectives.distil import hard_distillation, soft_distillation
+from polysense.towers.headed import Headed
 from polysense.towers.resnet import ResNet
 from polysense.towers.vit import ViT
 from polysense.weights import deit_hf, deit_timm
@@ -44,22 +45,6 @@ PARAMETERS = 87_338_192                      # DeiT-B with both heads, without i
 weights = {"timm": deit_timm.LAYOUT, "hf": deit_hf.LAYOUT}
 
 
-class TeacherNet(Part):
-    """Any image tower under any head: [B,3,H,W] -> logits [B,C]."""
-
-    @dataclass(frozen=True, kw_only=True)
-    class Config(Spec):
-        backbone: Spec
-        head: Spec
-
-    def __init__(self, c: Config):
-        super().__init__()
-        self.backbone, self.head = c.backbone.build(), c.head.build()
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.head(self.backbone.pooled(image)).float()
-
-
 @final
 class DeiT(System):
     @dataclass(frozen=True, kw_only=True)
@@ -67,7 +52,7 @@ class DeiT(System):
         vision: ViT.Config
         head: LinearBias.Config
         mix: Mixing.Config
-        teacher: TeacherNet.Config | None = None     # None: a trained student, without what taught it
+        teacher: Headed.Config | None = None     # None: a trained student, without what taught it
         smoothing: float = 0.1                       # of the true label
         share: float = 0.1                           # l of soft distillation
         temperature: float = 3.0
@@ -125,7 +110,7 @@ def tower(size: int, patch: int, width: int, depth: int, heads: int, drop_path: 
 def system(vision: ViT.Config, classes: int, teacher: ResNet.Config, mix: tuple[float, float]) -> DeiT.Config:
     return DeiT.Config(vision=vision, head=LinearBias.Config(into=vision.width, out=classes, std=0.02),
                        mix=Mixing.Config(classes=classes, mixup=mix[0], cutmix=mix[1]),
-                       teacher=TeacherNet.Config(backbone=teacher, head=LinearBias.Config(into=teacher.width, out=classes)))
+                       teacher=Headed.Config(backbone=teacher, head=LinearBias.Config(into=teacher.width, out=classes)))
 
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
