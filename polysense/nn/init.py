@@ -24,6 +24,22 @@ class NormalInit(Configured):
                     nn.init.zeros_(m.bias)
 
 
+class FanInInit(Configured):
+    """Every linear: weight and bias uniform within 1/sqrt(inputs), as torch's layers are born (diffusion models, released code)."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Spec):
+        pass
+
+    def __init__(self, c: Config):
+        pass
+
+    def __call__(self, body: nn.Module) -> None:
+        for m in body.modules():
+            if isinstance(m, nn.Linear):
+                m.reset_parameters()
+
+
 class XavierInit(Configured):
     """Glorot uniform; biases zero, of the MLP normal(1e-6) (the JAX code of Dosovitskiy et al. 2021)."""
 

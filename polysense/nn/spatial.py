@@ -11,6 +11,7 @@ from polysense.base.system import Part
 from polysense.nn.attention import Attention
 from polysense.nn.block import PreNorm
 from polysense.nn.build import build
+from polysense.nn.init import FanInInit
 from polysense.nn.mlp import GatedMLP
 from polysense.nn.norm import GroupNorm
 from polysense.nn.transformer import Transformer
@@ -95,7 +96,8 @@ class SpatialTransformer(Part):
     """x + proj_out(body(proj_in(norm(x)))): [B,C,H,W] -> [B,C,H,W] (Rombach et al. 2022, appendix E.2.1).
 
     `body` has blocks of self-attention, cross-attention to the context (where one is given) and a GEGLU feed-forward, each behind a layer norm.
-    proj_out starts at zero.
+    proj_out starts at zero; the rest is born by its number of inputs: with a fixed small deviation the context of a narrow net came through a
+    hundred times too weak, and words were not heard.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -113,9 +115,9 @@ class SpatialTransformer(Part):
             raise UserError(f"join={c.join!r}", "it is conv or linear")
         self.norm, self.source = build(c.norm, width=c.width), c.source
         self.proj_in, self.proj_out = nn.Linear(c.width, c.width), nn.Linear(c.width, c.width)
-        self.body = Transformer(Transformer.Config(width=c.width, depth=c.depth, heads=c.heads, norm=None, block=PreNorm.Config(
-            attn=Attention.Config(bias="out"), cross=Attention.Config(bias="out", source=c.source) if c.source else None,
-            mlp=GatedMLP.Config(act="gelu", ratio=4.0, bias="gate up down"))))
+        block = PreNorm.Config(attn=Attention.Config(bias="out"), cross=Attention.Config(bias="out", source=c.source) if c.source else None,
+                               mlp=GatedMLP.Config(act="gelu", ratio=4.0, bias="gate up down"))
+        self.body = Transformer(Transformer.Config(width=c.width, depth=c.depth, heads=c.heads, norm=None, init=FanInInit.Config(), block=block))
         zeroed(self.proj_out)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
