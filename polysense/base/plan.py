@@ -103,6 +103,12 @@ class PromptPlan(TextPlan):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MirrorPlan(PromptPlan):
+    """Text that follows its picture: where that is mirrored in training, these words change places (Desai & Johnson 2021, VirTex)."""
+    swaps: tuple[tuple[str, str], ...] = (("left", "right"),)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ChatPlan(PromptPlan):
     """Text of a system that converses: how turns become one sequence.
 
@@ -191,6 +197,14 @@ class RisingDecay(Optim):
 class SteadyRates(Optim):
     """Some parameters keep their learning rate from the first step to the last (Chen & He 2021, SimSiam, section 4.2: the predictor's)."""
     steady: tuple[str, ...]                             # parameter patterns
+
+
+@dataclass(frozen=True, kw_only=True)
+class LookAhead(Optim):
+    """The optimiser of that name runs ahead; every so many steps slow weights go a part of the way after it, and it begins from them again
+    (Zhang et al. 2019, algorithm 1)."""
+    every: int = 5
+    follow: float = 0.5                                 # that part
 
 
 @dataclass(frozen=True, kw_only=True)

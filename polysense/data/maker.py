@@ -5,6 +5,7 @@ Everything here is a pure function of (source, feed, seed, step), so any process
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from polysense.base.batch import VOCABULARY, Batch
 from polysense.base.errors import UserError
-from polysense.base.plan import ChatPlan, CropFeed, DropoutPlan, EpisodePlan, Feed, ImagePlan, PackPlan, PairPlan, VideoPlan, ViewPlan
+from polysense.base.plan import ChatPlan, CropFeed, DropoutPlan, EpisodePlan, Feed, ImagePlan, MirrorPlan, PackPlan, PairPlan, VideoPlan, ViewPlan
 from polysense.data import clips, images, views
 from polysense.data.bpe_dropout import Splitter
 from polysense.data.chat import Chat, episodes
@@ -396,6 +397,9 @@ class Maker:
             batch |= self.sentences(batch["index"].tolist(), abouts, rngs)
         elif {"text", "text_mask", "retold"} & set(self.keys):
             said = [pick([c for c in a["captions"] if c.strip()], u) for a, u in zip(abouts, chance)]
+            if isinstance(self.feed.text, MirrorPlan) and self.view and self.train:
+                mirror = views.flips(self.view, self._part(step, 0, len(said)).u).tolist()
+                said = [swapped(t, self.feed.text.swaps) if m else t for t, m in zip(said, mirror)]
             if self.split is None:
                 batch["text"], batch["text_mask"] = self.tokenizer.encode(said)
             else:
@@ -443,6 +447,17 @@ class Maker:
             flat = images.normalised(torch.from_numpy(np.concatenate(films)), self._frame_plan())
             batch["video"] = _padded(list(flat.split([len(f) for f in films])), 0.0)
             batch["video_mask"] = torch.arange(batch["video"].shape[1]) < torch.tensor([[len(f)] for f in films])
+
+
+def swapped(text: str, pairs: Sequence[tuple[str, str]]) -> str:
+    """A text in which the two words of each pair have changed places, whole words in any case."""
+    other = {a.lower(): b for one, two in pairs for a, b in ((one, two), (two, one))}
+
+    def put(found: re.Match[str]) -> str:
+        word, new = found[0], other[found[0].lower()]
+        return new.upper() if word.isupper() else new.capitalize() if word[0].isupper() else new
+
+    return re.sub(rf"\b({'|'.join(map(re.escape, other))})\b", put, text, flags=re.IGNORECASE) if other else text
 
 
 def grouped(kinds: Sequence[int], size: int, rng: np.random.Generator) -> np.ndarray:

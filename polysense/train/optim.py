@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from polysense.base.errors import UserError
-from polysense.base.plan import AdaptiveClip, Optim, SteadyRates
+from polysense.base.plan import AdaptiveClip, LookAhead, Optim, SteadyRates
 
 NAMES = ("adamw", "adam", "sgd", "nesterov", "lars", "lamb", "paged_adamw")
 LAYER = re.compile(r"^(?P<tower>(?:.*?\.)??)(?P<within>body\.)?(?:blocks|stages)\.(?P<at>\d+)\.")
@@ -114,6 +114,22 @@ def clip_units(optim: AdaptiveClip, optimizer: Optimizer, local: Callable[[Tenso
             axes = tuple(range(1, grad.ndim)) if grad.ndim > 1 else tuple(range(grad.ndim))
             most = optim.unit_clip * torch.linalg.vector_norm(weight, dim=axes, keepdim=True).clamp_min(optim.unit_floor)
             grad.mul_((most / torch.linalg.vector_norm(grad, dim=axes, keepdim=True).clamp_min(1e-12)).clamp_max(1.0))
+
+
+@torch.no_grad()
+def look_ahead(optim: LookAhead, optimizer: Optimizer, done: int) -> None:
+    """One step of the optimiser, the `done`-th of the stage; behind every `every`-th the slow weights follow. They are kept as its state `slow`."""
+    if optim.every < 1 or not 0 < optim.follow <= 1:
+        raise UserError(f"every={optim.every}, follow={optim.follow}", "at least 1, and a part of the way in (0, 1]")
+    params = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+    first = {p: p.detach().clone() for p in params if "slow" not in optimizer.state.get(p, {})}
+    optimizer.step()
+    for p, value in first.items():
+        optimizer.state[p]["slow"] = value
+    if done % optim.every == 0:
+        slow = [optimizer.state[p]["slow"] for p in params]
+        torch._foreach_lerp_(slow, [p.detach() for p in params], optim.follow)
+        torch._foreach_copy_([p.detach() for p in params], slow)
 
 
 def trust(weights: Tensors, updates: Tensors, coefficient: float) -> list[Tensor]:

@@ -13,10 +13,10 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from polysense.base.errors import UserError
-from polysense.base.plan import AdaptiveClip, Stage
+from polysense.base.plan import AdaptiveClip, LookAhead, Stage
 from polysense.base.system import System
 from polysense.train.gradients import Call, still_statistics
-from polysense.train.optim import clip_units, make_optimizer
+from polysense.train.optim import clip_units, look_ahead, make_optimizer
 from polysense.train.parallel import BLOCK, World, local, total_norm
 from polysense.train.precision import autocast
 from polysense.train.schedule import decayed, factor
@@ -98,7 +98,10 @@ class Training:
             torch._foreach_mul_(grads, clip / (norm + 1e-6))
         if isinstance(self.stage.optim, AdaptiveClip):
             clip_units(self.stage.optim, optimizer, local)
-        optimizer.step()
+        if isinstance(self.stage.optim, LookAhead):
+            look_ahead(self.stage.optim, optimizer, self.index + 1)
+        else:
+            optimizer.step()
 
     def lr(self) -> float:
         """The learning rate of the next step, before the groups' scales. A time budget can run ahead of the steps: the decay follows the time,

@@ -61,11 +61,18 @@ def _equal(tensors: Tensors) -> Tensor:
 
 
 same = Op("same", lambda t: t, lambda t: t)
+
+
+def ties(n: int, op: Op = same) -> Op:
+    """n of theirs are copies of one; what that one is of ours, `op` says."""
+    return Op(f"tied{n}", lambda t: op.load([_equal(t)]), lambda t: op.save(t) * n)
+
+
 stack3 = stack(3)                                                                                  # a fused qkv and our q, k, v
 transpose = Op("transpose", lambda t: [_matrix(t[0])], lambda t: [_matrix(t[0])])                  # x W is x W^T of nn.Linear
 lead1 = Op("lead1", lambda t: [t[0][None]], lambda t: [_squeeze(t[0], 1)])                         # [L,D] -> [1,L,D]
 lead2 = Op("lead2", lambda t: [t[0][None, None]], lambda t: [_squeeze(t[0], 2)])                   # [D] -> [1,1,D]
-tied = Op("tied", lambda t: [_equal(t)], lambda t: [t[0], t[0]])                                     # two of theirs are the same one of ours
+tied = ties(2)                                                                                     # two of theirs are the same one of ours
 flat = Op("flat", lambda t: [t[0].reshape(-1)], lambda t: [t[0][None, None]])                      # [1,1,D] -> [D]
 scalar = Op("scalar", lambda t: [t[0].reshape(())], lambda t: [t[0]])                              # [1] or [] -> []
 
