@@ -12,12 +12,19 @@ import torch.nn.functional as F
 
 from polysense.objectives.clusters import agreement, sharpness, spread_entropy
 from polysense.objectives.contrastive import apart, info_nce, multi_positive, nearest, nt_xent, one_way_nce, sigmoid_loss
+from polysense.objectives.sampled import margin_softmax, sample_classes
+from polysense.objectives.sparse import flops
 from polysense.objectives.spread import gather, places, spread, world
 from polysense.objectives.tokenwise import token_nce
+from polysense.objectives.triplet import POLICIES, hinge
 
 N, D, RANKS = 9, 6, 2
 LABEL, TEXT_LABEL = torch.tensor([0, 0, 1, 2, 2, 3, 0, 1, 5]), torch.tensor([0, 1, 1, 2, 0, 3, 0, 1, 6])
 WEB = torch.tensor([0, -1, -1, 2, 0, -1, 0, 1, -1])          # -1: of no class, on both ranks
+OWNER = torch.tensor([0, 0, 1, 2, 3, 4, 1, 5, 0])            # captions of one picture lie on both ranks
+ENTITY = torch.tensor([7, -1, 3, 3, 12, -1, 0, 7, 5])        # as do samples of one entity; some have none
+ROWS = torch.randn(14, D, generator=torch.Generator().manual_seed(8))
+TILT = torch.linspace(1, 2, D)                               # to a power that is learned: the classes' rows get a gradient too
 QUEUE = F.normalize(torch.randn(5, D, generator=torch.Generator().manual_seed(9)), dim=-1)
 
 
@@ -29,6 +36,13 @@ def words(a, b, part: slice):
     return one, (two * mask[..., None])[:, :longest], mask[:, :longest]
 
 
+def some(label):
+    """Classes as one step draws them: all ranks the same here, so that they can be compared with one process."""
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        return sample_classes(label, len(ROWS), 9)
+
+
 LOSSES = {
     "info_nce": lambda a, b, s, part: info_nce(a, b, s),
     "nt_xent": lambda a, b, s, part: nt_xent(a, b, 1 / s),
@@ -38,6 +52,10 @@ LOSSES = {
     "neighbours": lambda a, b, s, part: one_way_nce(a, nearest(b, QUEUE), s),
     "tokens": lambda a, b, s, part: token_nce(*words(a, b, part), s),
     "clusters": lambda a, b, s, part: agreement(s * a, b) + 0.5 * (sharpness(s * a) - spread_entropy(s * b)),
+    **{f"hinge, {p}": lambda a, b, s, part, p=p: s * hinge(a, b, 0.3, p, OWNER[part]) for p in POLICIES if p != "random"},
+    "flops": lambda a, b, s, part: s * flops(F.relu(a)) + flops(F.relu(b)),
+    "margin_softmax": lambda a, b, s, part: margin_softmax(a, ROWS * TILT ** s, ENTITY[part], some(ENTITY[part]), 16.0, 0.2),
+    "margin_softmax, all": lambda a, b, s, part: margin_softmax(b, ROWS, ENTITY[part], sample_classes(ENTITY[part], len(ROWS), 99), s, 0.0),
     "triplets": lambda a, b, s, part: multi_positive(a, b, s, apart(WEB[part])),
 }
 
