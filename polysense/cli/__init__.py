@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from polysense.base.errors import UserError
-from polysense.cli import agents, attend, clips, codes, compare, data, draw, learn, mask, match, merge, scene, systems, talk, use
+from polysense.cli import agents, attend, clips, codes, compare, data, draw, learn, mask, match, merge, scene, systems, talk, texts, use
 from polysense.cli.out import Stopped
 
 __all__ = ["app", "main"]
@@ -53,6 +53,7 @@ for name, command, panel in (
         ("report", learn.report, LEARN),
         ("index", use.index, USE), ("search", use.search, USE), ("label", use.label, USE), ("encode", use.encode, USE),
         ("caption", talk.caption, USE), ("ask", talk.ask, USE), ("chat", talk.chat, USE),
+        ("fill", texts.fill, USE), ("translate", texts.translate, USE),
         ("match", match.match, USE), ("reconstruct", codes.reconstruct, USE), ("attend", attend.attend, USE), ("codes", codes.codes, USE),
         ("decode", codes.decode, USE), ("generate", draw.generate, USE),
         ("segment", mask.segment, USE), ("detect", mask.detect, USE), ("render", scene.render, USE),

@@ -4,6 +4,7 @@
 `Pipeline.encode(images=... | texts=... | videos=... | audios=...) -> [N,D]`, `.similarity(images, texts) -> [N,M]`,
 `.label(images, labels) -> list[Labelled]`, `.classify(images, classes) -> list[Labelled]`, `.explain(image, text) -> Explanation`,
 `.match(images, texts) -> [N,M]`, `.ground(image, text) -> Explanation`, `.detect(image, labels) -> list[Detection]`,
+`.fill(text) -> list[list[Guess]]`, `.translate(texts) -> list[str]`,
 `.caption(images) -> list[str]`, `.ask(image, question) -> str`, `.chat(image, messages) -> str`,
 `.segment(image, points, box) -> Segmentation`, `.reconstruct(images) -> list[picture]`, `.encode_codes(images) -> [N,h,w]`,
 `.decode_codes(codes) -> list[picture]`.
@@ -35,6 +36,7 @@ from polysense.pipeline.open import best_device, digest_of, find
 from polysense.pipeline.pictures import to_pictures
 from polysense.pipeline.scene import render
 from polysense.pipeline.talk import Talk
+from polysense.pipeline.texts import Texts
 from polysense.tasks.zero_shot import templates_of, zero_shot_classifier
 from polysense.train.precision import autocast
 
@@ -47,7 +49,7 @@ SHARE = 1 / 64                                        # of the patches that a wo
 THUMBNAIL = 512                                       # longest side of the picture that an explanation is drawn on, pixels
 
 
-class Pipeline(Clips, Talk):
+class Pipeline(Clips, Talk, Texts):
     """A Subject (`polysense.base.protocols`): what exams examine and the app stands on."""
 
     def __init__(self, system: Any, preset: Preset, tokenizer: Any = None, *, id: str = "", source: str = "", device: str | None = None):

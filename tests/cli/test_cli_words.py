@@ -51,6 +51,7 @@ ALL = dict(commands())
 def test_the_commands_of_the_house_are_all_there():
     assert {"list", "show", "train", "exam", "prove", "convert", "index", "search", "agent", "clips", "label", "encode", "new", "report", "generate",
             "codes", "decode", "compare", "merge", "reconstruct", "ask", "attend", "caption", "chat", "detect", "match", "render", "segment",
+            "fill", "translate",
             "data list", "data get", "data show"} == {" ".join(w) for w in ALL}
 
 
