@@ -53,7 +53,9 @@ class PromptableSegmenter(System):
         given = next(p for p in (points, boxes, mask) if p is not None)
         b, n = given.shape[:2]
         count = 0 if point_label is None or not point_label.numel() else int((point_label >= 0).sum(-1).max())
-        seen = self.look(image).repeat_interleave(n, 0)
+        seen = self.look(image)
+        if n > 1:                            # channels stay last, as the tower leaves them: the decoder reads place by place
+            seen = seen.permute(0, 2, 3, 1).repeat_interleave(n, 0).permute(0, 3, 1, 2)
         points, point_label, boxes, mask = (None if p is None else p.flatten(0, 1) for p in (points, point_label, boxes, mask))
         asked = places(points, point_label, boxes)
         tokens = self.prompt.tokens(*asked) if asked else seen.new_zeros(b * n, 0, seen.shape[1])

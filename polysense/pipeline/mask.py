@@ -4,10 +4,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from polysense.data.images import decode, window
 from polysense.pipeline.heat import Detection
 from polysense.train.precision import autocast
 
+LAST: WeakKeyDictionary[Any, tuple[np.ndarray, Tensor]] = WeakKeyDictionary()        # pixels of a pipeline's last picture, and as it was read
 Place = tuple[float, float]
 Box = tuple[float, float, float, float]
 COLOURS = ((255, 64, 64), (64, 160, 255), (255, 200, 32), (96, 220, 96), (220, 96, 255), (32, 220, 220))
@@ -84,7 +85,7 @@ def segment(pipeline: Any, image: Any, points: Sequence[Place] = (), labels: Seq
         raise UserError(f"{len(labels)} labels for {len(points)} points", "one for each, 1 inside and 0 outside")
     picture, plan, system = decode(image), pipeline._image_plan(), pipeline.system
     frame = window(picture.size, plan)
-    tensor = pipeline.read_images([picture])
+    tensor = read_again(pipeline, picture)
     with torch.inference_mode(), autocast("auto", pipeline.device)(True):
         if text is not None:
             if not hasattr(system, "segment_text") or pipeline.tokenizer is None:
@@ -118,13 +119,34 @@ def inside(frame: Box, place: Sequence[float]) -> list[float]:
     return [min(max(v, 0.0), 1 - 1e-6) for v in out]
 
 
+def read_again(pipeline: Any, picture: Image.Image) -> Tensor:
+    """`pipeline.read_images([picture])`, remembered for the next prompt on the same picture, as resizing costs as much as a prompt does. Pixels are
+    compared."""
+    pixels, last = np.asarray(picture), LAST.get(pipeline)
+    if last is None or last[0].shape != pixels.shape or not np.array_equal(last[0], pixels):
+        last = LAST[pipeline] = pixels.copy(), pipeline.read_images([picture])
+    return last[1]
+
+
 def unframed(logits: Tensor, size: tuple[int, int], frame: Box) -> Tensor:
-    """Maps [M,h,w] over the frame that was read -> [M,H,W] over a picture of (width, height); far below zero outside the frame."""
-    x, y = ((torch.arange(n, device=logits.device) + 0.5) / n for n in size)
-    x, y = (x - frame[0]) / (frame[2] - frame[0]), (y - frame[1]) / (frame[3] - frame[1])
-    grid = torch.stack(torch.broadcast_tensors(2 * x[None] - 1, 2 * y[:, None] - 1), -1)
-    full = F.grid_sample(logits[None], grid[None], align_corners=False, padding_mode="border")[0]
-    return full.masked_fill((grid.abs() > 1).any(-1), -1e4)
+    """Maps [M,h,w] over the frame that was read -> [M,H,W] over a picture of (width, height), bilinear; far below zero outside the frame.
+
+    Columns first, while there are few rows; the rows are then copied whole.
+    """
+    along = [((torch.arange(n, device=logits.device) + 0.5) / n - low) / (high - low)
+             for n, low, high in zip(size, frame[:2], frame[2:], strict=True)]
+    out = logits
+    for axis, place in zip((2, 1), along, strict=True):
+        n = logits.shape[axis]
+        at = (place * n - 0.5).clamp(0, n - 1)
+        left = at.long().clamp(max=max(0, n - 2))
+        share = (at - left).to(out.dtype)
+        out = torch.lerp(out.index_select(axis, left), out.index_select(axis, (left + 1).clamp(max=n - 1)), share if axis == 2 else share[:, None])
+    for axis, place in zip((2, 1), along, strict=True):
+        beyond = (place < 0) | (place > 1)
+        if bool(beyond.any()):
+            out = out.masked_fill(beyond if axis == 2 else beyond[:, None], -1e4)
+    return out
 
 
 def detect(pipeline: Any, image: Any, labels: Sequence[str] | None, threshold: float, top: int) -> list[Detection]:

@@ -152,3 +152,43 @@ def test_clicks_exam_counts_perfect_answers_as_one_and_feeds_them_back(pipeline)
     assert 0 < real.metrics["iou@1"].value <= real.metrics["oracle@1"].value < 1 and real.n == 6
     with pytest.raises(UserError, match="nothing to measure"):
         take("clicks", pipeline, test, clicks=())
+
+
+@pytest.mark.parametrize(("size", "frame"), [((40, 23), (0.0, 0.0, 1.0, 1.6)), ((16, 30), (0.2, 0.1, 0.8, 0.7)), ((9, 9), (0.0, 0.0, 1.0, 1.0)),
+                                             ((12, 5), (-0.3, 0.0, 1.3, 1.0))])
+def test_maps_are_interpolated_as_a_grid_of_samples_would_be(size, frame):
+    torch.manual_seed(0)
+    logits = torch.randn(3, 8, 8)
+    x, y = ((torch.arange(n) + 0.5) / n for n in size)
+    x, y = (x - frame[0]) / (frame[2] - frame[0]), (y - frame[1]) / (frame[3] - frame[1])
+    grid = torch.stack(torch.broadcast_tensors(2 * x[None] - 1, 2 * y[:, None] - 1), -1)
+    want = torch.nn.functional.grid_sample(logits[None], grid[None], align_corners=False, padding_mode="border")[0]
+    torch.testing.assert_close(unframed(logits, size, frame), want.masked_fill((grid.abs() > 1).any(-1), -1e4), atol=1e-5, rtol=1e-5)
+
+
+def test_the_next_prompt_on_a_picture_reads_nothing_again_unless_the_picture_changed(pipeline, monkeypatch):
+    reads, looks, picture = [], [], photo((90, 50))
+    monkeypatch.setattr(pipeline, "read_images", lambda images, read=pipeline.read_images: reads.append(1) or read(images))
+    see = pipeline.system.vision.map
+    monkeypatch.setattr(pipeline.system.vision, "map", lambda image: looks.append(1) or see(image))
+    first = pipeline.segment(picture, [(0.5, 0.5)])
+    pipeline.segment(picture, [(0.2, 0.7)])
+    again = pipeline.segment(picture.copy(), [(0.5, 0.5)])
+    assert len(reads) == len(looks) == 1 and np.array_equal(first.masks, again.masks)
+    picture.paste((255, 0, 0), (0, 0, 60, 50))
+    changed = pipeline.segment(picture, [(0.5, 0.5)])
+    assert len(reads) == len(looks) == 2 and changed.scores != first.scores
+
+
+def test_many_prompts_leave_the_encoding_in_the_order_that_the_decoder_reads(pipeline, monkeypatch):
+    system, seen = pipeline.system.eval(), []
+    answer = system.answer
+    monkeypatch.setattr(system, "answer", lambda image, *rest, **more: seen.append(image) or answer(image, *rest, **more))
+    image, points = torch.randn(2, 3, 64, 64), torch.rand(2, 3, 1, 2)
+    with torch.inference_mode():
+        many = system.segment(image, points)[0]
+        each = [system.segment(image, points[:, i:i + 1])[0] for i in range(3)]
+        torch.testing.assert_close(many, torch.cat(each, 1), atol=1e-4, rtol=1e-4)
+        kept = system.look(image)
+    order = kept.permute(0, 2, 3, 1).is_contiguous()
+    assert all(x.permute(0, 2, 3, 1).is_contiguous() == order for x in seen) and [len(x) for x in seen] == [6, 2, 2, 2]
