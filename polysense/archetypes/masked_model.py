@@ -51,8 +51,8 @@ class MaskedModel(System):
         """The encoder's tokens [B,T,D] of pixels whose hidden patches it does not see."""
         return self.hide(self.encoder, pixels, masking)
 
-    def pairs(self, pixels: Tensor, masking: Masking) -> tuple[Tensor, Tensor]:
-        """(prediction, target) of the hidden patches; the target has no gradient."""
+    def pairs(self, pixels: Tensor, masking: Masking) -> tuple[Any, Any]:
+        """(prediction, target) of the hidden patches, tensors, or tuples of them where several things are said; the target has no gradient."""
         with torch.no_grad():
             target = self.target(pixels, masking)
         return self.decoder(self.see(pixels, masking), masking), target

@@ -40,14 +40,18 @@ class FeatureTarget(Part):
             raise UserError(f"no norm={c.norm!r} of features", f"it is one of {', '.join(NORMS)}")
         self.tower, self.head, self.c = c.tower.build(), c.head.build(), c
 
-    @torch.no_grad()
     def whole(self, pixels: Tensor) -> Tensor:
         """pixels [B,3,H,W], as the feed says -> [B,N,width], of every patch, in float32."""
+        return self.tokens(pixels)[:, self.tower.prefix:]
+
+    @torch.no_grad()
+    def tokens(self, pixels: Tensor) -> Tensor:
+        """The same with the tower's prefix (the class token) in front."""
         c = self.c
         if c.size is not None:
             mean, std, their_mean, their_std = (pixels.new_tensor(v).view(1, -1, 1, 1) for v in (c.mean, c.std, c.tower_mean, c.tower_std))
             pixels = (shrink((pixels * std + mean).clamp(0, 1), c.size) - their_mean) / their_std
-        said = self.head(self.tower(pixels).tokens[:, self.tower.prefix:]).float()
+        said = self.head(self.tower(pixels).tokens).float()
         if c.norm == "unit":
             return F.normalize(said, dim=-1)
         return F.layer_norm(said, said.shape[-1:]) if c.norm == "layer" else said

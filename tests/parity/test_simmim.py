@@ -71,10 +71,12 @@ def test_transformers_vit_in_and_out(tmp_path, image):
 
 def old(key: str) -> str:
     """The authors' names of what transformers saves; a halving belongs to the end of a stage in both."""
-    for a, b in ((r"^swin\.embeddings\.patch_embeddings\.projection", "encoder.patch_embed.proj"), (r"^swin\.embeddings\.norm", "encoder.patch_embed.norm"),
-                 (r"^swin\.embeddings\.mask_token", "encoder.mask_token"), (r"^swin\.layernorm", "encoder.norm"), (r"^swin\.encoder\.", "encoder."),
-                 (r"attention\.self\.relative_position_bias_table", "attn.relative_position_bias_table"), (r"attention\.output\.dense", "attn.proj"),
-                 (r"layernorm_before", "norm1"), (r"layernorm_after", "norm2"), (r"intermediate\.dense", "mlp.fc1"), (r"(?<!attention\.)output\.dense", "mlp.fc2")):
+    for a, b in ((r"^swin\.embeddings\.patch_embeddings\.projection", "encoder.patch_embed.proj"),
+                 (r"^swin\.embeddings\.norm", "encoder.patch_embed.norm"), (r"^swin\.embeddings\.mask_token", "encoder.mask_token"),
+                 (r"^swin\.layernorm", "encoder.norm"), (r"^swin\.encoder\.", "encoder."),
+                 (r"attention\.self\.relative_position_bias_table", "attn.relative_position_bias_table"),
+                 (r"attention\.output\.dense", "attn.proj"), (r"layernorm_before", "norm1"), (r"layernorm_after", "norm2"),
+                 (r"intermediate\.dense", "mlp.fc1"), (r"(?<!attention\.)output\.dense", "mlp.fc2")):
         key = re.sub(a, b, key)
     return key
 
@@ -104,8 +106,8 @@ def test_the_authors_names_in_and_out(tmp_path):
 @torch.no_grad()
 def test_the_encoder_is_timms_swin(image):
     timm = reference("timm")
-    model = shake(timm.models.swin_transformer.SwinTransformer(img_size=64, patch_size=4, embed_dim=16, depths=(2, 2), num_heads=(2, 4), window_size=4,
-                                                              num_classes=0))
+    model = shake(timm.models.swin_transformer.SwinTransformer(
+        img_size=64, patch_size=4, embed_dim=16, depths=(2, 2), num_heads=(2, 4), window_size=4, num_classes=0))
     from polysense.weights.swin_timm import TIMM
 
     encoder = preset_of("simmim").but(**{"config.encoder.base": 16}).config.build().encoder.eval()

@@ -1,0 +1,56 @@
+"""What the proofs of masked picture models share: photographs in memory, and what is known of a hidden patch without any model."""
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polysense.base.batch import Batch
+from polysense.base.system import Preset, System
+from polysense.data import source
+from polysense.data.sources import Source, Subset
+from polysense.proofs.arms import Arm, exam, read_all, some_of, train_arm
+
+PHOTOS = "tiny_imagenet40"
+
+
+def photos(preset: Preset, count: int, seed: int) -> tuple[Tensor, Tensor, Source]:
+    """Random training photographs [n,3,H,W] as the preset reads them, the unseen ones, and the former as a source."""
+    train = some_of(source(PHOTOS), count, seed)
+    return read_all(preset.feed, train)[0], read_all(preset.feed, source(PHOTOS, split="test"))[0], train
+
+
+def mirrored(image: Tensor, size: int, seed: int) -> Iterator[Batch]:
+    """Endless random batches, half of the pictures mirrored: enough of an augmentation where masks are drawn anew every time."""
+    lot = torch.Generator().manual_seed(seed)
+    while True:
+        for rows in torch.randperm(len(image), generator=lot)[:len(image) // size * size].split(size):
+            turn = (torch.rand(size, 1, 1, 1, generator=lot) < 0.5)
+            yield {"image": torch.where(turn, image[rows].flip(-1), image[rows])}
+
+
+def learned(id: str, preset: Preset, image: Tensor, steps: int, seed: int, prepare: Callable[[System], None] | None = None, batch_size: int = 64,
+            **more: Any) -> Arm:
+    """A masked model trained on pictures in memory for so many steps."""
+    plan = preset.but(**{"stages.0.steps": steps, "stages.0.batch_size": batch_size, "stages.0.optim.warmup": max(1, steps // 10), **more})
+    return train_arm(id, plan, None, needs=("image",), seed=seed, prepare=prepare, batches=mirrored(image, batch_size, seed))  # type: ignore[arg-type]
+
+
+def nearest(values: Tensor, mask: Tensor) -> Tensor:
+    """values [B,N,...], mask [B,N] of a square grid -> [B,N,...]: at every place what stands at the nearest visible one (of several the first)."""
+    side = round(mask.shape[1] ** 0.5)
+    place = torch.cartesian_prod(torch.arange(side), torch.arange(side)).float()
+    far = torch.cdist(place, place)[None].expand(len(mask), -1, -1).masked_fill(mask[:, None], torch.inf)
+    return torch.stack([v[n] for v, n in zip(values, far.argmin(-1), strict=True)])
+
+
+def visible_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """values [B,N,D] -> the same shape: everywhere the mean of the visible places."""
+    seen = (~mask)[..., None].to(values.dtype)
+    return ((values * seen).sum(1, keepdim=True) / seen.sum(1, keepdim=True)).expand_as(values)
+
+
+def probed(subject: Any, train: Source, count: int = 1000) -> float:
+    """Accuracy of a linear layer on frozen features, learned from `count` labelled photographs, on the unseen ones."""
+    few = Subset(train, range(min(count, len(train))))
+    return exam("linear_probe", subject, source(PHOTOS, split="test"), "accuracy", train=few, sweep=(10.0, 1000.0))
