@@ -161,12 +161,13 @@ def exam(run: Run,
       polysense exam runs/albef retrieval rerank=16 --data natural_captions
       polysense exam runs/clip zero_shot templates=imagenet --data cifar10 --json
       polysense exam runs/vit linear_probe --data digits
+      polysense exam runs/nerf views lpips=vgg.pth,vgg16.pth --data solids
       polysense exam downloads/b32 zero_shot --data cifar10 --system clip --layout hf
     """
     import json
 
     import polysense
-    from polysense.base.spec import parse_overrides
+    from polysense.cli.options import exam_options
     from polysense.cli.out import Bar, console, json_out, note, table
     from polysense.tasks import EXAMS, exam_of, exams_for, take
 
@@ -181,10 +182,11 @@ def exam(run: Run,
         return
     from polysense.data import source
 
+    asked = exam_options(chosen.name, options or [])
     test = source(str(data), split)
     train = source(str(data), train_split) if chosen.trains else None
     with Bar("encoding", "pictures") as bar:
-        result = take(chosen.name, pipeline, test, train, **({"progress": bar} | parse_overrides(options or [])))
+        result = take(chosen.name, pipeline, test, train, **({"progress": bar} | asked))
     said = {**result.to_dict(), "split": test.split}
     if (Path(run) / "run.json").is_file():
         from polysense.app.files import place
