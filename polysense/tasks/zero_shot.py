@@ -43,9 +43,10 @@ def judged(exam: str, subject: Any, seen: Features, templates: str | Sequence[st
 def zero_shot_classifier(subject: Any, names: Sequence[str], templates: Sequence[str]) -> Tensor:
     """One unit row [C,D] a class: each prompt normalised, their mean normalised again. Where no template is asked for, a system that learned what
     stands around a name (CoOp) puts it as its feed says; one that learned with a dictionary (K-LITE) is asked with it."""
-    own = getattr(subject.preset.feed.text, "template", "")
+    feed = subject.preset.feed if getattr(subject, "preset", None) else None
+    own = getattr(feed.text, "template", "") if feed else ""
     templates = (own,) if own and tuple(templates) == TEMPLATES["default"] else templates
-    return rows_of(subject, told.prompts(subject.preset.feed, names, templates))
+    return rows_of(subject, told.prompts(feed, names, templates))
 
 
 def rows_of(subject: Any, prompts: Sequence[Sequence[str]]) -> Tensor:
