@@ -47,6 +47,23 @@ class Entities(Telling):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Cleaned(Telling):
+    """Pairs from the web: captions are made tidy, and what breaks a rule is left out (LAION, as of Cherti et al. 2023)."""
+    words: tuple[int, int] = (1, 256)                   # fewest and most of a caption
+    smallest: int = 0                                   # pixels of the shorter side; 0: any
+    ratio: float = 0.0                                  # of the longer side to the shorter one at most; 0: any
+    copies: str = ""                                    # "one": of equal pictures with equal texts one stays; "": all
+    fit: float | None = None                            # least cosine of picture and text, as the judge sees them; None: nobody is asked
+    judge: str = ""                                     # who: a run folder, or `id` or `id:preset`, trained once on the same pairs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixed(Telling):
+    """The parts of joined data stand in every batch by these shares, however large they are (CoCa: half labels, half alt-texts)."""
+    shares: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class ToldFeed(Feed):
     """A feed whose samples are told about first."""
     told: tuple[Telling, ...] = ()

@@ -239,7 +239,9 @@ class Maker:
                 self._orders.pop(min(self._orders), None)
             n, rng = len(self.source), np.random.default_rng([self.seed, epoch])
             kinds = self.source.kinds() if self.train and isinstance(self.source, Source) else None
-            self._orders[epoch] = np.arange(n) if not self.train else rng.permutation(n) if kinds is None else grouped(kinds, self.batch_size, rng)
+            own = getattr(self.source, "arrange", None)                               # a source may have an order of its own: weblike.Mixture
+            self._orders[epoch] = (np.arange(n) if not self.train else own(rng) if own else rng.permutation(n) if kinds is None
+                                   else grouped(kinds, self.batch_size, rng))
         return self._orders[epoch]
 
     def rows(self, step: int) -> np.ndarray:

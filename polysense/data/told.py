@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from polysense.base.errors import UserError
 from polysense.base.plan import Feed
-from polysense.base.telling import Entities, Glosses, Rewrites, Telling, ToldFeed, Triplets
+from polysense.base.telling import Cleaned, Entities, Glosses, Mixed, Rewrites, Telling, ToldFeed, Triplets
 from polysense.data import data_root
 from polysense.data.entities import Entity, EntityBase, Score, labels_of, linked, links_of, worst
 from polysense.data.knowledge import Knowledge, informed
@@ -19,6 +19,7 @@ from polysense.data.rewrites import brings_rewrites, rewritten
 from polysense.data.scenes.glossary import GLOSSES
 from polysense.data.scenes.palette import COLOURS, SHAPES
 from polysense.data.sources import Source
+from polysense.data.weblike import Fits, Mixture, cleaned
 
 FEW = 1000                                              # samples looked at to see whether a dictionary or a knowledge base fits the data
 
@@ -28,6 +29,10 @@ class Judge(Protocol):
 
     def score(self, source: Source, base: EntityBase) -> Score:
         """(sample, texts of entities) -> cosines. The samples are those of `source`."""
+        ...
+
+    def features(self, source: Source, texts: list[str], rows: list[int]) -> tuple[Any, Any]:
+        """Unit features of the pictures at `rows` [len(source),D], nought elsewhere, and of the texts [T,D]."""
         ...
 
 
@@ -66,6 +71,13 @@ def _told(source: Any, telling: Telling, path: str, judge: Judge | None) -> Any:
             return made
         case Entities():
             return _entities(source, telling, path, judge)
+        case Cleaned():
+            if not hasattr(source, "__len__"):
+                raise UserError("copies and misfits are looked for in all of the data, which a stream does not show",
+                                "index the tars: leave ?stream=1 out")
+            return cleaned(source, telling if judge else telling.but(fit=None), None if judge is None else fits_of(judge))
+        case Mixed(shares=shares):
+            return Mixture(source, shares)
     raise UserError(f"nobody carries out {type(telling).__name__}", "was the preset written by another version of polysense?")
 
 
@@ -81,6 +93,16 @@ def _entities(source: Any, telling: Entities, path: str, judge: Judge | None) ->
                         f"give a knowledge base that fits ({path}.base=FILE.jsonl); where labels of the data are the entities, leave the step out: "
                         'feed.told="()"')
     return linked(source, base, labels_of(links, worst(links, telling.dropped) if judge else -float("inf"), telling.rare))
+
+
+def fits_of(judge: Judge) -> Fits:
+    """The cosine of each picture and its text."""
+    def fits(source: Source, rows: list[int], texts: list[str]) -> list[float]:
+        said = list(dict.fromkeys(texts))
+        seen, known = judge.features(source, said, rows)
+        place = {t: k for k, t in enumerate(said)}
+        return [float(seen[i] @ known[place[t]]) for i, t in zip(rows, texts, strict=True)]
+    return fits
 
 
 def found(name: str, endings: Sequence[str], what: str, field: str) -> Path:

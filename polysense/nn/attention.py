@@ -17,7 +17,7 @@ SHORT = 256                                  # tokens
 def lowered(x: Tensor) -> Tensor:
     """x in the autocast type, if autocast is on: for an input that several linears read, which would each cast it again."""
     device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    return x.to(torch.get_autocast_dtype(device)) if device != "meta" and torch.is_autocast_enabled(device) else x
 
 
 def attention_mask(mask: Tensor) -> Tensor:

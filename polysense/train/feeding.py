@@ -10,6 +10,7 @@ from polysense.base.batch import Batch
 from polysense.base.errors import UserError
 from polysense.base.plan import Preset, Stage, WordsPlan
 from polysense.base.spec import Spec
+from polysense.base.telling import Cleaned
 from polysense.train.folder import Run
 from polysense.train.parallel import World
 
@@ -70,10 +71,13 @@ class SourceFeeding:
 
     def judged(self, run: Run) -> str:
         """Tells the samples anew, with a run that judges whether a picture shows what is said; returns a line about it."""
-        from polysense.data.told import told
+        from polysense.data.told import tellings, told
         from polysense.train.judging import CachedJudge
 
         self.source = told(self.plain, self.preset.feed, CachedJudge(run))
+        self.size = len(self.source)
+        if any(isinstance(t, Cleaned) for t in tellings(self.preset.feed)):
+            return f"{self.size:,} of {len(self.plain):,} samples are fit for training, says {run.id}"
         labels = self.source.labels()
         return f"{sum(label >= 0 for label in labels):,} of {len(labels):,} samples show what their texts name, says {run.id}"
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from polysense.base.catalogue import card_of
 from polysense.base.errors import UserError
 from polysense.base.plan import Preset, Start
-from polysense.base.telling import Entities
+from polysense.base.telling import Cleaned, Entities
 from polysense.data.entities import EntityBase, Score
 from polysense.data.images import read_images
 from polysense.data.sources import BadSample, Source
@@ -32,7 +32,7 @@ class DataStart(Start):
 
 def judge_start(preset: Preset) -> Start | None:
     """The run that a preset's feed asks about pictures and texts, where it asks one."""
-    asked = next((t.judge for t in tellings(preset.feed) if isinstance(t, Entities) and t.judge), "")
+    asked = next((t.judge for t in tellings(preset.feed) if isinstance(t, Entities | Cleaned) and t.judge), "")
     if not asked:
         return None
     folder = Path(asked).expanduser()

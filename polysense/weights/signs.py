@@ -9,6 +9,7 @@ SIGNS: dict[tuple[str, str], str] = {
     ("coca", "open_clip"): r"text_decoder\.cross_attn\.0\.ln_1_kv\.weight",
     ("coop", "official"): r"(prompt_learner\.)?ctx",
     ("virtex", "official"): r"textual\.embedding\.words\.weight",
+    ("clip_scaling", "open_clip"): r"visual\.conv1\.weight",
     ("flip", "open_clip"): r"visual\.conv1\.weight",
     ("unicl", "official"): r"image_encoder\.layers\.0\.blocks\.0\.attn\.relative_position_bias_table",
     ("klite", "official"): r"image_encoder\.layers\.0\.blocks\.0\.attn\.relative_position_bias_table",
