@@ -36,6 +36,11 @@ def learned(id: str, preset: Preset, image: Tensor, steps: int, seed: int, prepa
     return train_arm(id, plan, None, needs=("image",), seed=seed, prepare=prepare, batches=mirrored(image, batch_size, seed))  # type: ignore[arg-type]
 
 
+def smaller(preset: Preset) -> Preset:
+    """With an encoder of three blocks of 64 numbers."""
+    return preset.but(**{"config.encoder.body.width": 64, "config.encoder.body.depth": 3, "config.encoder.body.heads": 2})
+
+
 def nearest(values: Tensor, mask: Tensor) -> Tensor:
     """values [B,N,...], mask [B,N] of a square grid -> [B,N,...]: at every place what stands at the nearest visible one (of several the first)."""
     side = round(mask.shape[1] ** 0.5)

@@ -1,7 +1,7 @@
 """MaskFeat says which way the edges in hidden patches of unseen photographs run, better than the average and than the nearest visible patch.
 
-Cosine of predicted and true histograms of each cell and colour channel. Noted beside it: a linear layer on its frozen features against one on the
-same tower with random weights. Sized on training photographs.
+Cosine of predicted and true histograms of each cell and colour channel. Noted beside it: a linear layer on its frozen features against one on
+the same tower with random weights. Sized on training photographs.
 """
 import torch
 from torch import Tensor
@@ -9,10 +9,10 @@ from torch import Tensor
 from polysense.pipeline import Pipeline
 from polysense.proofs.arms import Arm
 from polysense.proofs.harness import Outcome
-from polysense.proofs.hidden import learned, nearest, photos, probed
+from polysense.proofs.hidden import learned, nearest, photos, probed, smaller
 from polysense.systems.selfsup import maskfeat
 
-METRIC, HIGHER_IS_BETTER = "cosine of predicted and true HOG of hidden 8 px patches of unseen photographs of 64 px, 600 steps of 64", True
+METRIC, HIGHER_IS_BETTER = "cosine of predicted and true HOG of hidden 8 px patches of unseen photographs of 64 px, 400 steps of 64", True
 DATA = "tiny_imagenet40 (4,000 training photographs of 64 px, 800 unseen)"
 
 
@@ -36,9 +36,9 @@ def agreement(arm: Arm, image: Tensor, average: Tensor, seed: int) -> dict[str, 
 
 
 def run(seed: int) -> Outcome:
-    preset = maskfeat.tiny()
+    preset = smaller(maskfeat.tiny())
     image, unseen, train = photos(preset, 4000, seed)
-    made = learned("maskfeat", preset, image, 600, seed)
+    made = learned("maskfeat", preset, image, 400, seed)
     average = torch.stack([made.subject.system.target.whole(x).mean((0, 1)) for x in image.split(500)]).mean(0)
     found = agreement(made, unseen, average, seed)
     torch.manual_seed(seed)
