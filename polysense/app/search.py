@@ -54,8 +54,8 @@ def search(index: PhotoIndex, pipeline: Any, query: Any, k: int = 10, *, of: str
            out: str | Path | None = None, progress: Progress | None = None) -> list[Hit]:
     """The k pictures that fit a text, a picture, a sound or a video best.
 
-    `of`: "audio" or "video" where the query is the path of one, for systems whose space holds those too. `by`: one of `ways.WAYS`, for texts; scores
-    are then those of that way, and sparse search says which terms met. `why` draws heat-maps where the system can
+    `of`: "audio", "video", "depth" or "thermal" where the query is the path of one, for systems whose space holds those too. `by`: one of
+    `ways.WAYS`, for texts; scores are then those of that way, and sparse search says which terms met. `why` draws heat-maps where the system can
     encode patches or ground a text; with `out` their overlays are written there as PNG files. `rerank`: so many of the best by cosine are judged
     once more by a system that reads text and picture together; their scores are then its probabilities. UserError where the index was made by
     another model, the query is empty, or the system cannot do what is asked.
@@ -91,10 +91,12 @@ def search(index: PhotoIndex, pipeline: Any, query: Any, k: int = 10, *, of: str
 def _vector(pipeline: Any, query: Any, of: str, pictured: bool) -> np.ndarray:
     """The query's feature [D]."""
     if of:
-        if of not in ("audio", "video"):
-            raise UserError(f"a query cannot be of {of!r}", "it is words, a picture, audio or video")
+        if of not in ("audio", "video", "depth", "thermal"):
+            raise UserError(f"a query cannot be of {of!r}", "it is words, a picture, audio, video, depth or thermal")
         if not Path(query).is_file():
             raise UserError(f"no file {str(query)!r}", "check the path")
+        if of in ("depth", "thermal"):
+            return pipeline.encode_planes([query], of)[0]
         return pipeline.encode(audios=[query])[0] if of == "audio" else pipeline.encode(videos=[query])[0]
     if pictured:
         return pipeline.encode(images=[decode(query)])[0]

@@ -63,6 +63,9 @@ def search(query: Annotated[str | None, typer.Argument(metavar="QUERY", help="Wh
            image: Annotated[str | None, typer.Option(metavar="FILE", help="Look for pictures like this one instead.")] = None,
            audio: Annotated[str | None, typer.Option(metavar="FILE", help="Look for pictures that go with this sound instead.")] = None,
            video: Annotated[str | None, typer.Option(metavar="FILE", help="Look for pictures like this video instead.")] = None,
+           depth: Annotated[str | None, typer.Option(metavar="FILE", help="Look for pictures that fit this map of distances (.npy in metres, "
+                                                     "16-bit .png in millimetres) instead.")] = None,
+           thermal: Annotated[str | None, typer.Option(metavar="FILE", help="Look for pictures that fit this heat picture instead.")] = None,
            count: Annotated[int, typer.Option("-k", "--count", metavar="N", min=1, help="How many pictures.")] = 10,
            by: Annotated[str, typer.Option(metavar="WAY", help="dense: one vector a picture; sparse: shared terms, which are shown; late: each word "
                                            "looks for its best patch; fused: all that the system can.")] = "dense",
@@ -71,7 +74,7 @@ def search(query: Annotated[str | None, typer.Argument(metavar="QUERY", help="Wh
            why: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the answer with heat-maps of what matched: .png .jpg .html")] = None,
            model: Annotated[str | None, typer.Option("-m", "--model", metavar="RUN", help="The model, if it has moved since indexing.")] = None,
            system: System = None, layout: Layout = None, device: Device = None, as_json: Json = False) -> None:
-    """Search indexed pictures by words, by picture, or by a sound or video (systems with such a tower), and see why they were found.
+    """Search indexed pictures by words, by picture, or by a sound, video or map (systems with such a tower), and see why they were found.
 
     \b
     Examples
@@ -84,8 +87,9 @@ def search(query: Annotated[str | None, typer.Argument(metavar="QUERY", help="Wh
     """
     from polysense.cli.out import Bar, json_out, note, say, table
 
-    if [query, image, audio, video].count(None) != 3:
-        raise UserError("search takes words, --image, --audio or --video, one of them",
+    sensed = {"audio": audio, "video": video, "depth": depth, "thermal": thermal}
+    if [query, image, *sensed.values()].count(None) != 5:
+        raise UserError("search takes words, --image, --audio, --video, --depth or --thermal, one of them",
                         'for instance: polysense search "a red circle" --index PHOTOS')
     if query is not None and not query.strip():
         raise UserError("the query is empty", "say what to look for")
@@ -101,14 +105,15 @@ def search(query: Annotated[str | None, typer.Argument(metavar="QUERY", help="Wh
         if model is None and not (name and (Path(name).exists() or system)):
             raise UserError(f"the model {name!r} that made this index is not there", "say where it is with -m")
         pipeline = _open(name, system, layout, device)
-        asked = audio or video or (query if image is None else image if "://" in image else Path(image))
+        of = next((name for name, file in sensed.items() if file), "")
+        asked = sensed[of] if of else (query if image is None else image if "://" in image else Path(image))
         with Bar(f"looking at pictures for {by} search", "pictures") as bar:
-            hits = ask(opened, pipeline, asked, count, of="audio" if audio else "video" if video else "", by=by, why=why is not None,
+            hits = ask(opened, pipeline, asked, count, of=of, by=by, why=why is not None,
                        rerank=rerank, progress=bar)
     if why:
         note(f"wrote {write_results(hits, why, query or str(asked))}")
     if as_json:
-        json_out({"query": query, "image": image, "audio": audio, "video": video, "index": str(place), "hits": [h.to_json() for h in hits]})
+        json_out({"query": query, "image": image, **sensed, "index": str(place), "hits": [h.to_json() for h in hits]})
     elif hits:
         met = {h.rank: " ".join(f"{t} {a * b:.2f}" for t, a, b in h.terms[:4]) for h in hits}
         head = ("", "score", "terms", "picture") if any(met.values()) else ("", "score", "picture")

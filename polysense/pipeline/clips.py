@@ -1,4 +1,4 @@
-"""Videos and sounds into a pipeline: read as the preset's feed says, encoded one by one or in batches. Shapes: T frames, S samples."""
+"""Videos, sounds and maps into a pipeline: read as the preset's feed says, encoded one by one or in batches. Shapes: T frames, S samples."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,6 +13,7 @@ from polysense.base.errors import UserError
 from polysense.base.plan import ImagePlan, Preset, VideoPlan
 from polysense.base.protocols import fulfils
 from polysense.data import clips, images
+from polysense.data.planes import read_planes
 from polysense.train.precision import autocast
 
 Progress = Callable[[int, int], object]
@@ -92,6 +93,17 @@ class Clips:
             if progress:
                 progress(i + 1, len(audios))
         return np.concatenate(rows)
+
+
+    def encode_planes(self, planes: Sequence[Any], of: str = "depth") -> np.ndarray:
+        """Maps of "depth" or "thermal" (paths, arrays [H,W]) -> unit vectors [N,D], float32. UserError for a system without a tower for them."""
+        if not fulfils(self.system, f"encode_{of}"):
+            raise UserError(f"{type(self.system).__name__} cannot encode_{of}", f"see `polysense list --can encode_{of}`")
+        if self.preset.feed.image is None:
+            raise UserError("this system does not say how maps are cut", "its feed has no image plan")
+        batch = torch.from_numpy(read_planes(self.preset.feed.image, list(planes), of)).to(self.device)
+        with torch.inference_mode(), autocast("auto", self.device)(True):
+            return finite(getattr(self.system, f"encode_{of}")(batch), f"encode_{of}")
 
 
 def finite(features: Tensor, capability: str) -> np.ndarray:
