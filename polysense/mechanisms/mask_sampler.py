@@ -121,14 +121,15 @@ class BlockMask(Part):
     def forward(self, batch: int, grid: Sequence[int], device: Device = None) -> Masking:
         """batch samples of a grid (h, w) -> Masking. All samples try one rectangle at a time, together."""
         c, (height, width) = self.c, grid
-        if c.hidden >= height * width:
-            raise UserError(f"{c.hidden} hidden patches of a grid of {height}x{width}", "hide fewer than there are")
+        asked = torch.full((batch,), c.hidden, device=device) if hidden is None else hidden
+        if batch and int(asked.max()) >= height * width:
+            raise UserError(f"{int(asked.max())} hidden patches of a grid of {height}x{width}", "hide fewer than there are")
         row, column = torch.arange(height, device=device)[:, None], torch.arange(width, device=device)
         mask = torch.zeros(batch, height, width, dtype=torch.bool, device=device)
         failures = torch.zeros(batch, dtype=torch.int64, device=device)
-        going = torch.ones(batch, dtype=torch.bool, device=device)
+        going = asked > 0
         while bool(going.any()):
-            left = c.hidden - mask.flatten(1).sum(1)
+            left = asked - mask.flatten(1).sum(1)
             high = left.clamp(max=c.most) if c.most is not None else left
             area, aspect, down, across = torch.rand(4, batch, device=device)
             area = c.least + (high - c.least) * area
@@ -141,11 +142,10 @@ class BlockMask(Part):
             good = going & (h < height) & (w < width) & (more > 0) & (more <= high)
             mask |= inside & good[:, None, None]
             failures = torch.where(good, 0, failures + 1)
-            going = going & (failures < c.tries) & (mask.flatten(1).sum(1) < c.hidden)
+            going = going & (failures < c.tries) & (mask.flatten(1).sum(1) < asked)
         mask = mask.flatten(1)
         if c.fill == "exact":                # hidden ones first, the others in random order
-            chosen = torch.where(mask, -1.0, torch.rand(mask.shape, device=device)).argsort(1)[:, :c.hidden]
-            mask = torch.zeros_like(mask).scatter_(1, chosen, True)
+            mask = torch.where(mask, -1.0, torch.rand(mask.shape, device=device)).argsort(1).argsort(1) < asked[:, None]
         return masking_of(mask)
 
 

@@ -4,6 +4,7 @@ On several ranks the mean over the batch is that of all ranks, taken before the 
 """
 # torch is typed in part only, hence (strict mode would refuse what torch itself leaves open):
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -26,3 +27,21 @@ def spread_entropy(logits: Tensor) -> Tensor:
     """Entropy of the mean distribution of the global batch, logits [B,K]: large where all clusters are used. Scalar, the same on every rank."""
     mean = gather(F.softmax(logits.float(), -1).mean(0, keepdim=True) * (len(logits) / places(logits).total)).sum(0)
     return -(mean * mean.clamp(min=1e-12).log()).sum()
+
+
+@torch.no_grad()
+def sinkhorn(logits: Tensor, temperature: Tensor | float, iterations: int = 3) -> Tensor:
+    """logits [N,K] -> probabilities [N,K], rows sum to one, that use the K prototypes evenly over the samples of all ranks (Caron et al. 2020, SwAV,
+    section 3.1; Oquab et al. 2024, DINOv2): exp(logits / temperature), then in turn the columns are scaled to 1/K and the rows to 1/N each.
+
+    A constant added to one prototype's logits is taken away by the first scaling: that is its centering. All ranks must call it.
+    """
+    at = places(logits)
+    everyone = gather(logits.float(), at) / temperature
+    if not at.total:
+        return everyone
+    share = (everyone - everyone.max()).exp()
+    for _ in range(iterations):
+        share = share / share.sum(0, keepdim=True).clamp_min(1e-30) / share.shape[1]
+        share = share / share.sum(1, keepdim=True).clamp_min(1e-30) / len(share)
+    return (share * len(share))[at.start:at.start + len(logits)]

@@ -50,6 +50,32 @@ def distil_ce(student: Tensor, target: Tensor, temperature: float) -> Tensor:
     return cross[other].mean()
 
 
+def masked_ce(student: Tensor, target: Tensor, mask: Tensor, temperature: float) -> Tensor:
+    """H(target, softmax(student / temperature)) at hidden patches: the mean over the hidden patches of a picture, then over pictures, where one that
+    hides nothing counts as zero (Zhou et al. 2022, iBOT, equation 2).
+
+    student logits and target probabilities [M,K] at the True places of mask [B,N], in its order; the target gets no gradient. Scalar.
+    """
+    hidden = mask.sum(1)
+    weight = (1 / hidden.clamp(min=1))[:, None].expand_as(mask)[mask]
+    with exact(student):
+        cross = -(target.detach().float() * F.log_softmax(student.float() / temperature, -1)).sum(-1)
+    return (cross * weight).sum() / len(mask)
+
+
+def koleo(x: Tensor) -> Tensor:
+    """-mean log of the distance of each x / |x| to its nearest other one: spreads features evenly (Sablayrolles et al. 2019; Oquab et al. 2024).
+
+    x [B,D], in float32; neighbours are those of the rank's own batch. 0 for fewer than two samples. Scalar.
+    """
+    x = F.normalize(x.float(), dim=-1)
+    if len(x) < 2:
+        return x.sum() * 0
+    with torch.no_grad(), exact(x):
+        near = (x @ x.T).fill_diagonal_(-2).argmax(1)
+    return -(F.pairwise_distance(x, x[near], eps=1e-8) + 1e-8).log().mean()
+
+
 def mirror_cosine(one: Tensor, two: Tensor, target_one: Tensor, target_two: Tensor) -> Tensor:
     """-(cos(one, target_two) + cos(two, target_one)) / 2, mean over the batch; the targets get no gradient (Chen & He 2021, SimSiam, equations 1
     to 4). one, two: predictions from each view [B,D]; the targets: its projections. Scalar, in [-1, 1]."""

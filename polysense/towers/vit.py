@@ -83,6 +83,10 @@ class ViT(Tower):
             value = torch.cat([value[:, :had], own[:, had:self.prefix].detach(), value[:, had:]], 1)
         return fit_positions(value, self.prefix, self.grid) if name == "position" else value
 
+    def positions(self, position: Tensor, grid: tuple[int, int]) -> Tensor:
+        """position [1,T,D] as learned -> for another grid of patches."""
+        return fit_positions(position, self.prefix, grid, self.grid)
+
     def grid_of(self, image: Tensor) -> tuple[int, int]:
         """image [B,C,H,W] -> the patch grid (h, w)."""
         if image.ndim != 4:
@@ -100,7 +104,7 @@ class ViT(Tower):
         x = x.flatten(1, 2)
         if fill is not None:
             x = torch.where(fill[0][..., None], fill[1].to(x.dtype), x)
-        position = None if self.position is None else fit_positions(self.position, self.prefix, grid, self.grid)
+        position = None if self.position is None else self.positions(self.position, grid)
         if position is not None:
             x = x + position[:, self.prefix:]
         if keep is not None:

@@ -219,3 +219,22 @@ def test_what_cannot_be_is_refused_in_one_line(dino, batch):
     crops[2, 1, 0, 0, 0] = float("nan")
     with pytest.raises(UserError, match=r"diverged.*2 hold values"):
         list(fit(dino, PRESET.stages[0].but(batch_size=4, steps=1), [batch | {"crops": crops, "index": torch.arange(4)}]))
+
+
+def test_centring_is_swapped_by_name_and_the_teachers_entropy_is_watched(batch):
+    from polysense.mechanisms.sinkhorn import Sinkhorn
+    from polysense.objectives.clusters import sinkhorn
+    from polysense.train.run import override
+
+    torch.manual_seed(0)
+    system = override(PRESET, {"centre": "sinkhorn"}).config.build().eval()
+    losses = system.losses(batch)
+    assert isinstance(system.centre, Sinkhorn)
+    with torch.no_grad():
+        said = torch.cat([system.aim(v) for v in batch["views"].unbind(1)])
+    torch.testing.assert_close(losses.keep["answer"], sinkhorn(said, system.heat), rtol=1e-4, atol=1e-5)
+    system.after_step(after(losses.keep))
+    health = system.health(losses.keep)
+    answer = losses.keep["answer"]
+    assert float(health["teacher_entropy"]) == pytest.approx(float(-(answer * answer.clamp_min(1e-12).log()).sum(-1).mean()), rel=1e-3)
+    assert override(PRESET, {"centre": None}).config.centre.momentum == 1.0

@@ -237,3 +237,18 @@ def test_pixels_that_are_no_numbers_stop_training_by_name(moco, batch):
     views[1, 0, 0, 0, 0] = float("nan")
     with pytest.raises(UserError, match=r"diverged.*1 hold values"):
         list(fit(moco, preset_of("moco").stages[0].but(batch_size=4, steps=1), [{"views": views, "index": torch.arange(4)}]))
+
+
+def test_queue_and_keys_are_swapped_by_name(batch):
+    from polysense.train.run import override
+
+    plan = preset_of("moco").but(**SMALL)
+    torch.manual_seed(0)
+    system = override(plan, {"queue": None}).config.build().train()
+    losses = system.look_up(batch)
+    query = F.normalize(system.project(batch["views"][:, 0]), dim=-1)
+    torch.manual_seed(0)
+    key = system.keys(batch["views"][:, 1])
+    torch.testing.assert_close(losses["contrast"], F.cross_entropy(query @ key.T / 0.2, torch.arange(4)), rtol=1e-4, atol=1e-4)
+    assert "keys" not in losses.keep and override(plan, {"keys": "live"}).config.teacher.momentum == 0.0
+    assert override(plan, {"queue": "keys"}) == plan

@@ -10,17 +10,19 @@ of the head is held still. After training the head is thrown away and the teache
 looks outlines the objects of a picture.
 """
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from polysense.archetypes.self_distilled import answers
 from polysense.archetypes.twin_views import TwinViews
 from polysense.base.card import Card
 from polysense.base.errors import UserError
 from polysense.base.plan import CropFeed, RisingDecay
 from polysense.base.system import After, Batch, ImagePlan, Losses, Preset, Spec, Stage, ViewPlan, final
 from polysense.mechanisms.centre import Centre
+from polysense.mechanisms.sinkhorn import Sinkhorn
 from polysense.mechanisms.teacher import Teacher
 from polysense.nn.block import PreNorm
 from polysense.nn.head import Nothing
@@ -69,11 +71,17 @@ class DINO(TwinViews):
         views, crops = batch["views"].unbind(1), batch["crops"]
         with torch.no_grad():
             said = self.aim(torch.cat(views))
-            target = (self.centre(said.float()) / self.heat).softmax(-1).unflatten(0, (len(views), -1))
+            target = answers(self.centre, said.float(), self.heat).unflatten(0, (len(views), -1))
         large = self.backbone.pooled(torch.cat(views))
         small = self.backbone.pooled(crops.transpose(0, 1).flatten(0, 1))
         student = self.projector(torch.cat([large, small])).unflatten(0, (len(views) + crops.shape[1], -1))
-        return Losses(distil=distil_ce(student, target, self.student_temperature)).keeping(output=gather(said.float().mean(0, keepdim=True)))
+        one, two = large.unflatten(0, (len(views), -1))[:2]
+        return Losses(distil=distil_ce(student, target, self.student_temperature)).keeping(
+            output=gather(said.float().mean(0, keepdim=True)), answer=target.flatten(0, 1), one=one, two=two)
+
+    choices: ClassVar[dict[str, Any]] = {"centre": {      # `none`: the mean that is taken off stays zero
+        "mean": lambda p: p, "sinkhorn": lambda p: p.but(**{"config.centre": Sinkhorn.Config()}),
+        "none": lambda p: p.but(**{"config.centre.momentum": 1.0})}}
 
     def after_step(self, after: After) -> None:
         super().after_step(after)

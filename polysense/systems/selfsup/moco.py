@@ -16,7 +16,7 @@ vision transformer keeps its random patch projection, which makes it stable:
     L = 2 tau (CE(q1 k2 / tau) + CE(q2 k1 / tau))                                                                 (v3, algorithm 1)
 """
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -74,6 +74,8 @@ class MoCo(TwinViews):
         """v1 and v2: view 1 asks, view 2 answers."""
         one, two = batch["views"].unbind(1)
         query, key = F.normalize(self.project(one).float(), dim=-1), self.keys(two)
+        if self.queue is None:               # nothing to look up but the batch
+            return Losses(contrast=batch_nce(query, key, self.temperature) / (2 * self.temperature)).keeping(one=query, two=key)
         return Losses(contrast=queue_nce(query, key, self.queue.keys, self.temperature)).keeping(keys=gather(key), one=query, two=key)
 
     def meet(self, batch: Batch) -> Losses:
@@ -83,6 +85,9 @@ class MoCo(TwinViews):
         keys = [F.normalize(self.aim(v).float(), dim=-1) for v in (one, two)]
         contrast = batch_nce(asked[0], keys[1], self.temperature) + batch_nce(asked[1], keys[0], self.temperature)
         return Losses(contrast=contrast).keeping(one=asked[0], two=keys[1])
+
+    choices: ClassVar[dict[str, Any]] = {"queue": {"keys": lambda p: p, "none": lambda p: p.but(**{"config.queue": None})},
+                                         "keys": {"teacher": lambda p: p, "live": lambda p: p.but(**{"config.teacher.momentum": 0.0})}}
 
     def after_step(self, after: After) -> None:
         super().after_step(after)

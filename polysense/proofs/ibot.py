@@ -1,0 +1,56 @@
+"""iBOT's features of handwriting, learned without labels by a small vision transformer: neighbours on its class token, and what a linear layer reads
+off one patch, against the same tower untrained.
+
+The patch exam asks of single patches which digit they are a part of: a patch knows that only by what it has heard from the others. An iBOT that hides
+nothing (DINO with the same budget) is reported beside it and decides nothing. The score is taken on pictures that no choice was made on.
+"""
+from typing import Any
+
+import torch
+
+from polysense.base.system import Preset
+from polysense.data import source
+from polysense.data.sources import Source
+from polysense.proofs.arms import Arm, exam, read_all, rest_of, some_of, train_arm
+from polysense.proofs.harness import Outcome
+from polysense.systems.selfsup import ibot
+from polysense.tasks.encode import Features
+from polysense.train.run import override
+
+METRIC, HIGHER_IS_BETTER = "accuracy of 20 nearest neighbours on the teacher's class token, mnist, 300 steps of 64", True
+DATA = "mnist (3,000 pictures without labels; their labels for the neighbours; 1,000 unseen)"
+
+
+def small() -> Preset:
+    feed = ibot.tiny().feed
+    view, crop = feed.views[0].but(flip=0.0), feed.crops[0].but(flip=0.0, scale=(0.2, 0.5))           # a mirrored digit is another
+    return ibot.tiny().but(**{
+        "feed.views": (view, view), "feed.crops": (crop,) * 2, "config.backbone.patch": 8, "config.backbone.body.depth": 3,
+        "config.sampler.blocks.least": 1, "config.teacher.momentum": 0.97, "config.warming": 1.0, "config.still": 0.0,
+        "stages.0.steps": 300, "stages.0.optim.warmup": 30, "stages.0.optim.lr": 2e-3, "stages.0.optim.final_decay": 0.04})
+
+
+def of_patches(system: Any, of: Source, image: torch.Tensor, label: torch.Tensor) -> Features:
+    """Two patches from the middle of each picture."""
+    with torch.inference_mode():
+        place = torch.cat([system.tower.dense(x).flatten(1, 2) for x in image.split(250)])
+    middle = place.shape[1] // 2
+    rows = torch.nn.functional.normalize(place[:, [middle - 2, middle + 1]].flatten(0, 1), dim=-1)
+    return Features(of.name, tuple(of.offers), tuple(of.classes), rows, label.repeat_interleave(2).numpy(), [[] for _ in rows])
+
+
+def run(seed: int, part: str = "test") -> Outcome:
+    held = source("mnist", split="test")
+    train, test = some_of(source("mnist"), 3000, seed), some_of(held, 1000, 0) if part == "dev" else some_of(rest_of(held, 2000, 0), 1000, 0)
+
+    def arm(preset: Preset) -> Arm:
+        return train_arm("ibot", preset, train, needs=("views", "crops"), seed=seed)
+
+    arms = {"iBOT": arm(small()), "untrained": arm(small().but(stages=())), "nothing hidden": arm(override(small(), {"masking": "none"}))}
+    score = {name: exam("knn_probe", a.subject, test, "accuracy", train=train) for name, a in arms.items()}
+    read = [(s, *read_all(small().feed, s)) for s in (test, train)]
+    patches = {name: exam("linear_probe", a.subject, of_patches(a.subject.system, *read[0]), "accuracy",
+                          train=of_patches(a.subject.system, *read[1])) for name, a in arms.items()}
+    return Outcome(score["iBOT"], {"untrained": score["untrained"]}, {
+        "20 neighbours, nothing hidden": score["nothing hidden"], **{f"linear probe of single patches, {k}": v for k, v in patches.items()},
+        **{f"final loss, {name}": a.final_loss for name, a in arms.items() if a.losses}})
