@@ -2,7 +2,7 @@
 
 The model is trained on circles, squares and triangles; the new thing is a red star. Likeness is the cosine between features of a small classifier
 that was taught with stars too, of what is drawn and of held-out pictures of the thing. Baselines: the coarse word that the row began as, and a row
-of random numbers. Sized on other seeds.
+of random numbers. The model is that of latent diffusion's proof: in fewer steps it does not hear words at all, and no row can matter.
 """
 import torch
 import torch.nn.functional as F
@@ -15,15 +15,17 @@ from polysense.pipeline import Pipeline
 from polysense.proofs.arms import train_arm, words
 from polysense.proofs.controlnet import lent_fields
 from polysense.proofs.harness import Outcome
-from polysense.proofs.latent_diffusion import plan
+from polysense.proofs.latent_diffusion import learned_judge, plan
+from polysense.proofs.latents import all_of, compressed, lend, standing
+from polysense.proofs.pool import batches, large
 from polysense.systems.generate import textual_inversion
 from polysense.systems.generate.textual_inversion import TextualInversion
-from polysense.tasks.generation import Judge, seen_by, teach
+from polysense.tasks.generation import Judge, seen_by
 
 METRIC, HIGHER_IS_BETTER = "likeness of drawn pictures to held-out pictures of the new thing (cosine of classifier features)", True
-COMMON = "scenes:single?style=plain&size=32&colours=red,green,blue,yellow"
-DATA = "scenes of circles, squares and triangles at 32 px (3,000); five of a red star, 50 held out"
-COMPRESS, DENOISE, LEARN, COUNT, COARSE = 400, 250, 150, 50, "triangle"
+COMMON = "scenes:combos?style=plain&size=32&combos=all&captions=1&colours=red,green,blue,yellow"
+DATA = "large circles, squares and triangles at 32 px (about 3,000); five of a red star, 50 held out"
+COMPRESS, DENOISE, LEARN, COUNT, COARSE = 900, 1100, 150, 50, "triangle"
 
 
 def likeness(judge: Judge, drawn: Tensor, real: Tensor) -> float:
@@ -32,29 +34,28 @@ def likeness(judge: Judge, drawn: Tensor, real: Tensor) -> float:
 
 
 def compare(seed: int, test_seed: int, compress: int = COMPRESS, denoise: int = DENOISE, learn: int = LEARN) -> Outcome:
-    train, base = source(f"{COMMON}&shapes=circle,square,triangle&n=3000&seed={seed}"), plan(compress, denoise)
-    judge = teach(source(f"{COMMON}&shapes=circle,square,triangle,star&n=3000&seed={seed + 50}"), base.feed.image, steps=300)
+    train = large(source(f"{COMMON}&shapes=circle,square,triangle&n=9000&seed={seed}"))
+    base = plan(compress, denoise).but(**{"stages.1.batch_size": 32, "stages.1.optim.lr": 1e-3, "stages.1.trainable": ("unet.*",)})
+    judge = learned_judge(large(source(f"{COMMON}&shapes=circle,square,triangle,star&n=9000&seed={seed + 50}")), base.feed)
     tokenizer = words(base, train)
-    learned = train_arm("latent_diffusion", base, train, needs=("image", "text"), seed=seed, tokenizer=tokenizer).subject
-    stars = f"scenes:single?style=plain&size=32&colours=red&shapes=star&n={COUNT}"
-    few = source(f"{stars}&seed={seed + 7}")
-    kept = source(f"{stars}&seed={test_seed}", split="test")
-    real = learned.read_images([kept[i]["image"] for i in range(COUNT)])
+    first, kept = compressed(base, all_of(train, base, tokenizer), train, seed, tokenizer)
+    later = standing(base.but(stages=base.stages[1:]))
+    learned = train_arm("latent_diffusion", later, train, needs=(), seed=seed, tokenizer=tokenizer, prepare=lend(first.system),
+                        batches=batches(kept, later.stages[0].batch_size, seed)).subject
+    stars = f"{COMMON.replace('red,green,blue,yellow', 'red')}&shapes=star"
+    few, held = (large(source(f"{stars}&n={8 * n}&seed={s}", split=split)) for n, s, split in ((5, seed + 7, "train"), (COUNT, test_seed, "test")))
+    real = learned.read_images([held[i]["image"] for i in range(min(COUNT, len(held)))])
 
     plain = base.feed.text
     assert plain is not None
     text = WordsPlan(vocab=plain.vocab, length=plain.length, new=(("<it>", 1),))
     tokenizer = words(base.but(**{"feed.text": text}), train)
     coarse = tuple(i for i in tokenizer(COARSE)[0].tolist() if i not in (tokenizer.start, tokenizer.end))
-    tiny = textual_inversion.tiny()
-    preset = tiny.but(config=TextualInversion.Config(**lent_fields(base.config) | {"drop": 0.0}, like=coarse), starts=()).but(**{
+    preset = textual_inversion.tiny().but(config=TextualInversion.Config(**lent_fields(later.config) | {"drop": 0.0}, like=coarse), starts=()).but(**{
         "feed.text": text, "stages.0.steps": learn, "stages.0.batch_size": 16})
     data = concept([few[i]["image"] for i in range(5)], "<it>", ("a {}", "a picture of a {}", "there is a {}"))
-
-    def lend(system: torch.nn.Module) -> None:
-        system.load_state_dict({k: v for k, v in learned.system.state_dict().items() if k in system.state_dict()}, strict=False)
-
-    subject = train_arm("textual_inversion", preset, data, needs=("image", "text"), seed=seed, tokenizer=tokenizer, prepare=lend).subject
+    subject = train_arm("textual_inversion", preset, data, needs=("image", "text"), seed=seed, tokenizer=tokenizer,
+                        prepare=lend(learned.system)).subject
 
     def draw(who: Pipeline, said: str) -> Tensor:
         torch.manual_seed(seed)
