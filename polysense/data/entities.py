@@ -90,13 +90,13 @@ class EntityBase:
 Links = list[dict[int, float]]                                       # of each sample: entity -> score
 
 
-def links_of(source: Source, base: EntityBase, score: Score) -> Links:
+def links_of(said: Sequence[Sequence[str]], base: EntityBase, score: Score) -> Links:
     """What the texts of each sample name, with how well it fits the picture; of a name's candidates the one that fits best."""
     found: Links = []
-    for i in range(len(source)):
+    for i, texts in enumerate(said):
         best: dict[int, float] = {}
-        for text in source.about(i).get("captions", ()):
-            for e, s in base.link(text, lambda texts, i=i: score(i, texts), -math.inf):
+        for text in texts:
+            for e, s in base.link(text, lambda asked, i=i: score(i, asked), -math.inf):
                 best[e] = max(s, best.get(e, s))
         found.append(best)
     return found
@@ -118,9 +118,15 @@ def worst(links: Links, share: float) -> float:
     return -math.inf if not scores or share <= 0 else scores[low] + (place - low) * (scores[min(low + 1, len(scores) - 1)] - scores[low])
 
 
-def linked(source: Source, base: EntityBase, label: Sequence[int]) -> Retold:
+class Linked(Retold):
     """The source with entities as labels. The captions of a labelled sample are its own and the entity's text; classes are the entities' ids."""
-    def tell(i: int, about: Sample) -> Sample:
-        more = [base.entities[label[i]].text] if label[i] >= 0 else []
-        return about | {"label": label[i], "captions": [*about["captions"], *more]}
-    return Retold(source, tell, f"{source.name} linked", ("label",), tuple(e.id for e in base.entities))
+
+    def __init__(self, source: Source, base: EntityBase, label: Sequence[int]):
+        def tell(i: int, about: Sample) -> Sample:
+            more = [base.entities[label[i]].text] if label[i] >= 0 else []
+            return about | {"label": label[i], "captions": [*about["captions"], *more]}
+        super().__init__(source, tell, f"{source.name} linked", ("label",), tuple(e.id for e in base.entities))
+        self.label = list(label)
+
+    def labels(self) -> list[int]:
+        return self.label

@@ -12,7 +12,7 @@ from polysense.base.errors import UserError
 from polysense.base.plan import Feed
 from polysense.base.telling import Cleaned, Entities, Glosses, Mixed, Rewrites, Telling, ToldFeed, Triplets
 from polysense.data import data_root
-from polysense.data.entities import Entity, EntityBase, Score, labels_of, linked, links_of, worst
+from polysense.data.entities import Entity, EntityBase, Linked, Score, labels_of, links_of, worst
 from polysense.data.knowledge import Knowledge, informed
 from polysense.data.retold import triplets
 from polysense.data.rewrites import brings_rewrites, rewritten
@@ -27,8 +27,8 @@ FEW = 1000                                              # samples looked at to s
 class Judge(Protocol):
     """Says how well texts fit pictures."""
 
-    def score(self, source: Source, base: EntityBase) -> Score:
-        """(sample, texts of entities) -> cosines. The samples are those of `source`."""
+    def score(self, source: Source, base: EntityBase, rows: list[int]) -> Score:
+        """(sample, texts of entities) -> cosines. The samples are those of `source`; only `rows` of them will be asked for."""
         ...
 
     def features(self, source: Source, texts: list[str], rows: list[int]) -> tuple[Any, Any]:
@@ -87,12 +87,14 @@ def _entities(source: Any, telling: Entities, path: str, judge: Judge | None) ->
     if "text" not in source.offers:
         raise UserError(f"{source.name} has no captions that could name an entity", "give captioned data")
     base = entity_base(telling.base, path)
-    links = links_of(source, base, judge.score(source, base) if judge else lambda i, texts: [1.0] * len(texts))
-    if not any(links):
+    said = [source.about(i).get("captions", ()) for i in range(len(source))]
+    rows = [i for i, texts in enumerate(said) if any(map(base.mentioned, texts))]
+    if not rows:
         raise UserError(f"no caption of {source.name} names one of the {len(base.entities):,} entities of {telling.base!r}",
                         f"give a knowledge base that fits ({path}.base=FILE.jsonl); where labels of the data are the entities, leave the step out: "
                         'feed.told="()"')
-    return linked(source, base, labels_of(links, worst(links, telling.dropped) if judge else -float("inf"), telling.rare))
+    links = links_of(said, base, judge.score(source, base, rows) if judge else lambda i, texts: [1.0] * len(texts))
+    return Linked(source, base, labels_of(links, worst(links, telling.dropped) if judge else -float("inf"), telling.rare))
 
 
 def fits_of(judge: Judge) -> Fits:

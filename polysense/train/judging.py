@@ -51,9 +51,9 @@ class RunJudge:
     def __init__(self, system: Any, preset: Preset, tokenizer: Any):
         self.system, self.plan, self.tokenizer = system, preset.feed.image, tokenizer
 
-    def score(self, source: Source, base: EntityBase) -> Score:
+    def score(self, source: Source, base: EntityBase, rows: list[int]) -> Score:
         texts = [e.text for e in base.entities]
-        seen, said = self.features(source, texts, [i for i in range(len(source)) if any(map(base.mentioned, source.about(i).get("captions", ())))])
+        seen, said = self.features(source, texts, rows)
         place = {text: k for k, text in enumerate(texts)}
         return lambda i, asked: [float(seen[i] @ said[place[t]]) for t in asked]
 

@@ -8,7 +8,7 @@ from fake import fake_batch
 import polysense
 from polysense.base.catalogue import preset_of
 from polysense.base.errors import UserError
-from polysense.data.entities import Entity, EntityBase, labels_of, linked, links_of, worst
+from polysense.data.entities import Entity, EntityBase, Linked, labels_of, links_of, worst
 from polysense.data.sources import ListSource
 from polysense.objectives.sampled import margin_softmax, sample_classes
 
@@ -105,10 +105,11 @@ def test_linked_pairs_have_labels_texts_and_no_rare_entities():
     grey = np.zeros((8, 8, 3), np.uint8)
     said = ["a jaguar parked", "my jaguar", "one lion", "a cloud"]
     data = ListSource("web", [{"id": i, "image": grey, "captions": [c]} for i, c in enumerate(said)], ("image", "text"))
-    links = links_of(data, BASE, lambda i, texts: [1.0 if "car" in t or "big cat" in t else 0.0 for t in texts])
+    links = links_of([[c] for c in said], BASE, lambda i, texts: [1.0 if "car" in t or "big cat" in t else 0.0 for t in texts])
     assert links == [{1: 1.0}, {1: 1.0}, {3: 1.0}, {}]
-    made = linked(data, BASE, labels_of(links, 0.5, rare=2))
+    made = Linked(data, BASE, labels_of(links, 0.5, rare=2))
     assert [made.about(i)["label"] for i in range(4)] == [1, 1, -1, -1] and made.classes[1] == "Q2" and "label" in made.offers
+    assert made.labels() == [1, 1, -1, -1]
     assert made.about(0)["captions"] == ["a jaguar parked", "jaguar, a british car"] and made.about(3)["captions"] == ["a cloud"]
     assert labels_of(links, 1.5) == [-1] * 4 and labels_of(links, 0.5) == [1, 1, 3, -1]
     scored = [{0: 0.1, 1: 0.9}, {2: 0.2}, {}, {3: 0.8}, {0: 0.5}]

@@ -36,7 +36,7 @@ class KLITE(DualEncoder):
 
 def tiny() -> Preset:
     """Drawn scenes, whose shapes and colours a built-in dictionary explains; a text may be as long as a caption and a gloss."""
-    return tiny_plan(KLITE, "scenes:combos", (Triplets(), Glosses(dictionary="scenes")), length=64)
+    return tiny_plan(KLITE, "scenes:combos?n=6000", (Triplets(), Glosses(dictionary="scenes")), length=64)
 
 
 def paper() -> Preset:

@@ -68,7 +68,7 @@ def weights_of(share: float) -> tuple[tuple[str, float], ...]:
 def tiny() -> Preset:
     """Captions name drawn things by colour and shape, the entities of a built-in knowledge base; a CLIP that learned the same pairs judges them."""
     return Preset(
-        data="scenes:combos?n=8000", config=MOFI.Config(**tiny_pair(), dim=192, entities=256, sampled=128),
+        data="scenes:combos?n=5000", config=MOFI.Config(**tiny_pair(), dim=192, entities=256, sampled=128),
         feed=ToldFeed(image=ImagePlan(size=64), text=TextPlan(vocab=4096, length=48), train_image=ViewPlan(size=64, scale=(0.6, 1.0), flip=0.5),
                       told=(Entities(base="scenes", judge="clip", dropped=0.1, rare=2),)),
         stages=(Stage(objective=MOFI.classify_and_compare, embed=MOFI.embed_labelled, steps=400, batch_size=128, weights=weights_of(0.5),
