@@ -118,8 +118,8 @@ class BlockMask(Part):
                             "counts are at least one, aspect is in (0, 1], fill is 'less' or 'exact'")
         self.c = c
 
-    def forward(self, batch: int, grid: Sequence[int], device: Device = None) -> Masking:
-        """batch samples of a grid (h, w) -> Masking. All samples try one rectangle at a time, together."""
+    def forward(self, batch: int, grid: Sequence[int], device: Device = None, hidden: Tensor | None = None) -> Masking:
+        """batch samples of a grid (h, w) -> Masking. All samples try one rectangle at a time, together. hidden [B]: how many to hide of each."""
         c, (height, width) = self.c, grid
         asked = torch.full((batch,), c.hidden, device=device) if hidden is None else hidden
         if batch and int(asked.max()) >= height * width:
