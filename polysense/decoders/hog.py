@@ -21,8 +21,8 @@ def gradients(image: Tensor) -> tuple[Tensor, Tensor]:
     Both kernels are separable; a difference of two shifted sums costs less than a convolution of nine taps on every channel.
     """
     x = F.pad(image, (1, 1, 1, 1), mode="reflect")
-    down = x[..., :-2, :] + 2 * x[..., 1:-1, :] + x[..., 2:, :]
-    across = x[..., :-2] + 2 * x[..., 1:-1] + x[..., 2:]
+    down = torch.add(x[..., :-2, :], x[..., 1:-1, :], alpha=2) + x[..., 2:, :]
+    across = torch.add(x[..., :-2], x[..., 1:-1], alpha=2) + x[..., 2:]
     return down[..., :-2] - down[..., 2:], across[..., :-2, :] - across[..., 2:, :]
 
 
@@ -35,17 +35,20 @@ def hog(image: Tensor, bins: int = 9, cell: int = 8, norm: str = "cell") -> Tens
     if image.shape[-2] % cell or image.shape[-1] % cell or min(image.shape[-2:]) < 2:
         raise UserError(f"an image of {image.shape[-2]}x{image.shape[-1]} pixels does not divide into cells of {cell}", "choose multiples")
     gx, gy = gradients(image.float())
-    bin_ = (torch.atan2(gx, gy) / pi * bins).floor().long() % bins
-    squared = gx.square() + gy.square()
-    some = squared > 0
-    magnitude = squared.where(some, 1.0).sqrt().where(some, 0.0)                          # the root of zero would have no finite gradient
     b, c, height, width = image.shape
     h, w = height // cell, width // cell
-    # One index_add for everything: the histogram that a pixel belongs to, and in it the bin of its direction.
+    # Angles from -K to K become numbers from 0 to 2 K, which are folded when they are counted. One addition puts the pixels of each channel
+    # where they belong: the bin, and the cell.
+    kinds = 2 * bins + 1
     place = torch.arange(h, device=image.device).repeat_interleave(cell)[:, None] * w + torch.arange(w, device=image.device).repeat_interleave(cell)
-    row = torch.arange(b * c, device=image.device).view(b, c, 1, 1) * bins + bin_
-    flat = magnitude.new_zeros(b * c * bins * h * w).index_add_(0, (row * (h * w) + place).flatten(), magnitude.flatten())
-    out = flat.view(b, c, bins, h, w)
+    with torch.no_grad():
+        row = torch.atan2(gx, gy).mul_(bins / pi).floor_().add_(bins).long().add_(place * kinds)
+    squared = (gx * gx).addcmul(gy, gy)
+    # the root of zero would have no finite gradient
+    magnitude = squared.where(squared > 0, 1.0).sqrt().where(squared > 0, 0.0) if squared.requires_grad else squared.sqrt_()
+    flat = magnitude.new_zeros(b * c, h * w * kinds).scatter_add(1, row.view(b * c, -1), magnitude.view(b * c, -1)).view(b, c, h, w, kinds)
+    out = flat[..., :bins] + flat[..., bins:2 * bins]
+    out = torch.cat([out[..., :1] + flat[..., 2 * bins:], out[..., 1:]], -1).permute(0, 1, 4, 2, 3)
     return F.normalize(out, dim=2, eps=SMALL) if norm == "cell" else out
 
 
