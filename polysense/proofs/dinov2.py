@@ -3,6 +3,8 @@ DINOv2 without KoLeo (how near is the nearest neighbour?) and one with a running
 
 The score is taken on pictures that no choice was made on.
 """
+from typing import Any
+
 import torch
 
 from polysense.base.system import Preset
@@ -19,7 +21,7 @@ DATA = "mnist (3,000 pictures without labels; their labels for the neighbours; 1
 
 
 def small() -> Preset:
-    feed = dinov2.tiny().feed
+    feed: Any = dinov2.tiny().feed
     view, crop = feed.views[0].but(flip=0.0), feed.crops[0].but(flip=0.0, scale=(0.2, 0.5))           # a mirrored digit is another
     return dinov2.tiny().but(**{
         "feed.views": (view, view), "feed.crops": (crop,) * 2, "config.backbone.patch": 8, "config.backbone.body.depth": 3,

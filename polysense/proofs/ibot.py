@@ -22,7 +22,7 @@ DATA = "mnist (3,000 pictures without labels; their labels for the neighbours; 1
 
 
 def small() -> Preset:
-    feed = ibot.tiny().feed
+    feed: Any = ibot.tiny().feed
     view, crop = feed.views[0].but(flip=0.0), feed.crops[0].but(flip=0.0, scale=(0.2, 0.5))           # a mirrored digit is another
     return ibot.tiny().but(**{
         "feed.views": (view, view), "feed.crops": (crop,) * 2, "config.backbone.patch": 8, "config.backbone.body.depth": 3,
@@ -30,7 +30,7 @@ def small() -> Preset:
         "stages.0.steps": 300, "stages.0.optim.warmup": 30, "stages.0.optim.lr": 2e-3, "stages.0.optim.final_decay": 0.04})
 
 
-def of_patches(system: Any, of: Source, image: torch.Tensor, label: torch.Tensor) -> Features:
+def of_patches(system: Any, of: Source, image: torch.Tensor, label: torch.Tensor) -> Any:
     """Two patches from the middle of each picture."""
     with torch.inference_mode():
         place = torch.cat([system.tower.dense(x).flatten(1, 2) for x in image.split(250)])

@@ -37,15 +37,15 @@ def run(subject: Any, test: Any, train: Any, *, shots: Sequence[int] = (1, 5, 10
         notes["no attentive probe"] = str(error)
     else:
         if not (isinstance(train, Features) or isinstance(test, Features)):
-            attentive = attentive_probe.run(subject, *(encode_all_images(subject, s, progress, batch_size=batch_size, encode=look)
-                                                       for s in (test, train)), seed=seed)
+            places = [encode_all_images(subject, s, progress, batch_size=batch_size, encode=look) for s in (test, train)]
+            attentive = attentive_probe.run(subject, places[0], places[1], seed=seed)
             out["attentive"] = attentive.metrics["accuracy"]
             notes["attentive weight_decay"] = attentive.notes["weight_decay"]
     if not (isinstance(train, Features) or isinstance(test, Features)):
         twin = untrained(subject, seed)
         born = [encode_all_images(twin, s, progress, batch_size=batch_size) for s in (test, train)]
-        out["untrained_linear"] = linear_probe.run(twin, *born, seed=seed).metrics["accuracy"]
-        out |= {f"untrained_{k}": v for k, v in neighbours(*born, seed, NEIGHBOURS[:1]).items()}
+        out["untrained_linear"] = linear_probe.run(twin, born[0], born[1], seed=seed).metrics["accuracy"]
+        out |= {f"untrained_{k}": v for k, v in neighbours(born[0], born[1], seed, NEIGHBOURS[:1]).items()}
     return Result("probes", name_of(subject), asked.name, straight.n, out, straight.classes, notes, straight.units)
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polysense.base.errors import UserError
-from polysense.nn.block import BlockConfig, PreNorm
+from polysense.nn.block import PreNorm
 from polysense.nn.transformer import Transformer
 from polysense.towers.vit import ViT
 
@@ -68,7 +68,7 @@ class SkippingBlock(PreNorm):
     """A pre-norm block whose stochastic depth computes each branch for the samples that keep it, and for no others (Oquab et al. 2024, section 5)."""
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(BlockConfig):
+    class Config(PreNorm.Config):
         pass
 
     def forward(self, x: Tensor, source: Tensor | None = None, **how: object) -> Tensor:  # type: ignore[override]

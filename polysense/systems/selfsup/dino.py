@@ -10,7 +10,7 @@ of the head is held still. After training the head is thrown away and the teache
 looks outlines the objects of a picture.
 """
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,10 +79,6 @@ class DINO(TwinViews):
         return Losses(distil=distil_ce(student, target, self.student_temperature)).keeping(
             output=gather(said.float().mean(0, keepdim=True)), answer=target.flatten(0, 1), one=one, two=two)
 
-    choices: ClassVar[dict[str, Any]] = {"centre": {      # `none`: the mean that is taken off stays zero
-        "mean": lambda p: p, "sinkhorn": lambda p: p.but(**{"config.centre": Sinkhorn.Config()}),
-        "none": lambda p: p.but(**{"config.centre.momentum": 1.0})}}
-
     def after_step(self, after: After) -> None:
         super().after_step(after)
         self.centre.move(after.keep["output"])
@@ -95,6 +91,11 @@ class DINO(TwinViews):
         if not hasattr(self.tower, "attention"):
             raise UserError("a convolutional backbone attends to nothing", "train dino with a ViT")
         return self.tower.attention(image)
+
+
+DINO.choices = {"centre": {      # `none`: the mean that is taken off stays zero
+    "mean": lambda p: p, "sinkhorn": lambda p: p.but(**{"config.centre": Sinkhorn.Config()}),
+    "none": lambda p: p.but(**{"config.centre.momentum": 1.0})}}
 
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -11,7 +11,7 @@ size, gated MLPs, and stochastic depth that computes nothing for what it drops; 
 stain the patches. Smaller towers are distilled from the largest, frozen (`learn_from_guide`): no mask, no stochastic depth, the moving average kept.
 """
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -83,10 +83,15 @@ class DINOv2(SelfDistilled):
         return Losses(distil=distil_ce(student, target, self.student_temperature)).keeping(
             output=said.mean(0, keepdim=True), patch_output=said.mean(0, keepdim=True), answer=target.flatten(0, 1), one=one, two=two)
 
-    choices: ClassVar[dict[str, Any]] = {
-        "centre": {"sinkhorn": lambda p: p, "mean": lambda p: p.but(**{
-            "config.centre": Centre.Config(width=p.config.projector.out), "config.patch_centre": Centre.Config(width=p.config.patch_head.out)})},
-        "heads": {"two": lambda p: p, "one": lambda p: p.but(**{"config.patch_head": None})}}
+
+def centred(of: Preset) -> Preset:
+    """With running centres in place of Sinkhorn."""
+    config: Any = of.config
+    return of.but(**{"config.centre": Centre.Config(width=config.projector.out), "config.patch_centre": Centre.Config(width=config.patch_head.out)})
+
+
+DINOv2.choices = {"centre": {"sinkhorn": lambda p: p, "mean": centred},
+                  "heads": {"two": lambda p: p, "one": lambda p: p.but(**{"config.patch_head": None})}}
 
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -10,7 +10,6 @@ by a ratio of its own, the teacher sees them whole; small crops are never masked
 in the teacher.
 """
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 from polysense.archetypes.self_distilled import SelfDistilled
 from polysense.base.card import Card
@@ -49,12 +48,13 @@ class IBOT(SelfDistilled):
         return Losses(distil=distil_ce(heard.student, heard.target, self.student_temperature),
                       patches=masked_ce(heard.patches, heard.patch_target, heard.mask, self.student_temperature)).keeping(**heard.keep)
 
-    choices: ClassVar[dict[str, Any]] = {
-        "centre": {
-            "mean": lambda p: p,
-            "sinkhorn": lambda p: p.but(**{"config.centre": Sinkhorn.Config(), "config.patch_centre": Sinkhorn.Config()}),
-            "none": lambda p: p.but(**{"config.centre.momentum": 1.0, "config.patch_centre.momentum": 1.0})},
-        "masking": {"blocks": lambda p: p, "none": lambda p: p.but(**{"config.sampler.share": 0.0})}}
+
+IBOT.choices = {
+    "centre": {
+        "mean": lambda p: p,
+        "sinkhorn": lambda p: p.but(**{"config.centre": Sinkhorn.Config(), "config.patch_centre": Sinkhorn.Config()}),
+        "none": lambda p: p.but(**{"config.centre.momentum": 1.0, "config.patch_centre.momentum": 1.0})},
+    "masking": {"blocks": lambda p: p, "none": lambda p: p.but(**{"config.sampler.share": 0.0})}}
 
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

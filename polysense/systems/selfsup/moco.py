@@ -16,7 +16,7 @@ vision transformer keeps its random patch projection, which makes it stable:
     L = 2 tau (CE(q1 k2 / tau) + CE(q2 k1 / tau))                                                                 (v3, algorithm 1)
 """
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -86,13 +86,14 @@ class MoCo(TwinViews):
         contrast = batch_nce(asked[0], keys[1], self.temperature) + batch_nce(asked[1], keys[0], self.temperature)
         return Losses(contrast=contrast).keeping(one=asked[0], two=keys[1])
 
-    choices: ClassVar[dict[str, Any]] = {"queue": {"keys": lambda p: p, "none": lambda p: p.but(**{"config.queue": None})},
-                                         "keys": {"teacher": lambda p: p, "live": lambda p: p.but(**{"config.teacher.momentum": 0.0})}}
-
     def after_step(self, after: After) -> None:
         super().after_step(after)
         if "keys" in after.keep:
             self.queue.push(after.keep["keys"])
+
+
+MoCo.choices = {"queue": {"keys": lambda p: p, "none": lambda p: p.but(**{"config.queue": None})},
+                "keys": {"teacher": lambda p: p, "live": lambda p: p.but(**{"config.teacher.momentum": 0.0})}}
 
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -10,7 +10,6 @@ jitter the colours of two crops alone give the picture away. Large batches are t
 code adds the losses of both views up, so that it reports twice the number that is meant here.
 """
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -53,10 +52,11 @@ class SimCLR(TwinViews):
     def compare(self, seen: dict[str, Tensor]) -> Losses:
         return Losses(contrast=nt_xent(seen["one"], seen["two"], self.temperature)).keeping(**seen)
 
-    choices: ClassVar[dict[str, Any]] = {"augment": {        # what the views may differ in (section 3)
-        "crop_and_colour": lambda p: p,
-        "crop": lambda p: p.but(**{"feed.views": tuple(v.but(jitter=0.0, grey=0.0) for v in p.feed.views)}),
-        "colour": lambda p: p.but(**{"feed.views": tuple(v.but(scale=(1.0, 1.0), ratio=(1.0, 1.0)) for v in p.feed.views)})}}
+
+SimCLR.choices = {"augment": {        # what the views may differ in (section 3)
+    "crop_and_colour": lambda p: p,
+    "crop": lambda p: p.but(**{"feed.views": tuple(v.but(jitter=0.0, grey=0.0) for v in p.feed.views)}),
+    "colour": lambda p: p.but(**{"feed.views": tuple(v.but(scale=(1.0, 1.0), ratio=(1.0, 1.0)) for v in p.feed.views)})}}
 
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

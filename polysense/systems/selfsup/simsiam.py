@@ -9,7 +9,7 @@ the loss falls to -1 at once and the spread of the features to nothing. Each pre
 (section 5), for which it keeps its learning rate while that of the encoder falls.
 """
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -61,9 +61,10 @@ class SimSiam(TwinViews):
         agree = -sum((F.cosine_similarity(p.float(), z.float(), dim=-1).mean() for p, z in pairs), seen[0].new_zeros(())) / 2
         return Losses(agree=agree).keeping(one=seen[0], two=seen[1])
 
-    choices: ClassVar[dict[str, Any]] = {
-        "stop_gradient": {"target": lambda p: with_objective(p, SimSiam.agree), "off": lambda p: with_objective(p, SimSiam.agree_freely)},
-        "predictor": {"mlp": lambda p: p, "none": lambda p: without_predictor(p)}}
+
+SimSiam.choices = {
+    "stop_gradient": {"target": lambda p: with_objective(p, SimSiam.agree), "off": lambda p: with_objective(p, SimSiam.agree_freely)},
+    "predictor": {"mlp": lambda p: p, "none": lambda p: without_predictor(p)}}
 
 
 def with_objective(of: Preset, objective: Any) -> Preset:
