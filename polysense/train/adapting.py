@@ -68,8 +68,8 @@ def standing(id: str, plan: Preset, base: str | Path) -> Preset:
     """The plan of a system that stands on another one (CoOp on CLIP), on a run of yours in place of the one that its Start would train."""
     recipe, folder = load(id), Path(base).expanduser().absolute()
     if not hasattr(recipe, "onto"):
-        able = ", ".join(c.id for c in catalogue().values() if hasattr(load(c.id), "onto"))
-        raise UserError(f"{id} does not stand on a run", f"--base is what --adapt goes onto, or what {able} stands on; to train on, see --resume")
+        raise UserError(f"{id} does not stand on a run", "--base is what --adapt goes onto, or what coop stands on; to train on with all "
+                        "weights, see --resume")
     facts = read_facts(folder)
     start = RunStart(into="", from_=facts["system"], preset=facts["preset"], folder=str(folder))
     return recipe.onto(plan, from_dict(facts["plan"]), start)

@@ -40,6 +40,7 @@ def read(config: Dict, state: State) -> tuple[str, Dict]:
     length = size(state, "textual.embedding.positions.weight")
     backward = any(k.startswith("backward_textual.") for k in state)
     out: Dict = {"config.vision.layers": layers, "config.project.into": channels, "config.project.out": width, "config.decoder.text.vocab": vocab,
+                 "config.decoder.words.out": vocab,
                  "config.decoder.text.length": length, "feed.text.vocab": vocab, "feed.text.length": length,
                  **{f"config.decoder.text.body.{k}": v for k, v in body.items()}}
     return "paper", out | ({f"config.backward.{k}": v for k, v in body.items()} if backward else {"config.backward": None})

@@ -93,7 +93,7 @@ def onto(preset: Preset, base: Preset, start: Start) -> Preset:
 def tiny() -> Preset:
     """Kinds of products, on a CLIP of photographs with captions and titles."""
     return Preset(
-        data="fashion_products", config=prompting(tiny_pair(), classes=50), starts=(Start(into="", from_="clip", preset="tiny_photos"),),
+        data="fashion_products", config=prompting(tiny_pair(), classes=49), starts=(Start(into="", from_="clip", preset="tiny_photos"),),
         feed=Feed(image=ImagePlan(size=64), text=NamedPlan(vocab=4096, length=48), train_image=ViewPlan(size=64, scale=(0.6, 1.0), flip=0.5)),
         stages=(Stage(objective=CoOp.losses, trainable=("text.context",), steps=200, batch_size=32,
                       optim=Optim(name="sgd", lr=0.02, weight_decay=5e-4, warmup=10)),))

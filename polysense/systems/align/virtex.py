@@ -50,12 +50,11 @@ class SharedWords(Part):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Spec):
-        width: int = 0                       # 0: set by the owner, as vocab
-        vocab: int = 0
+        out: int                             # words
 
     def __init__(self, c: Config):
         super().__init__()
-        self.bias = nn.Parameter(torch.zeros(c.vocab))
+        self.bias = nn.Parameter(torch.zeros(c.out))
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         return F.linear(x, embedding, self.bias)
@@ -122,7 +121,7 @@ def config(vision: ResNet.Config, width: int, depth: int, heads: int, hidden: in
         attn=attn, cross=attn, mlp=mlp, dropout=dropout))
     words = Bert.Config(vocab=vocab, length=length, norm_pre=LayerNorm.Config(eps=1e-8), kinds=0, dropout=dropout, body=layers)
     return VirTex.Config(vision=vision, project=LinearBias.Config(into=vision.width, out=width, std=0.02), backward=layers,
-                         decoder=CaptionDecoder.Config(text=words, words=SharedWords.Config(), start=1, end=2))
+                         decoder=CaptionDecoder.Config(text=words, words=SharedWords.Config(out=vocab), start=1, end=2))
 
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
