@@ -9,7 +9,10 @@ from polysense.base.batch import Batch
 from polysense.base.system import Preset, System
 from polysense.data import source
 from polysense.data.sources import Source, Subset
+from polysense.pipeline import Pipeline
 from polysense.proofs.arms import Arm, exam, read_all, some_of, train_arm
+from polysense.proofs.small import pair, plain_clip
+from polysense.train.starts import carry
 
 PHOTOS = "tiny_imagenet40"
 
@@ -39,6 +42,31 @@ def learned(id: str, preset: Preset, image: Tensor, steps: int, seed: int, prepa
 def smaller(preset: Preset) -> Preset:
     """With an encoder of three blocks of 64 numbers."""
     return preset.but(**{"config.encoder.body.width": 64, "config.encoder.body.depth": 3, "config.encoder.body.heads": 2})
+
+
+def small_clip(seed: int, steps: int = 120) -> Pipeline:
+    """Photographs of 32 px in patches of 4, so that its grid is the student's."""
+    plan = plain_clip(steps)
+    plan = plan.but(config=plan.config.but(**pair(patch=4, width=48, depth=2)), **{"stages.0.batch_size": 64})
+    return train_arm("clip", plan, source("natural_captions"), needs=("image", "text"), seed=seed).subject
+
+
+def taught_by(preset: Preset, clip: Pipeline) -> Preset:
+    """A preset whose target is CLIP's features, of the small one."""
+    of: Any = clip.preset.config
+    feed, plan = preset.feed.image, clip.preset.feed.image
+    assert feed is not None and plan is not None
+    return preset.but(**{"config.target.tower": of.vision, "config.target.head": of.image_head, "config.target.width": of.image_head.out,
+                         "config.target.size": plan.size, "config.target.mean": feed.mean, "config.target.std": feed.std,
+                         "config.target.tower_mean": plan.mean, "config.target.tower_std": plan.std})
+
+
+def lending(preset: Preset, clip: Pipeline) -> Callable[[System], None]:
+    """What puts the small CLIP's weights into the target."""
+    def stand(system: System) -> None:
+        for start in preset.starts:
+            carry(start, clip, system)  # type: ignore[arg-type]
+    return stand
 
 
 def nearest(values: Tensor, mask: Tensor) -> Tensor:

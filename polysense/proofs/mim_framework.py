@@ -15,8 +15,7 @@ from polysense.data import source
 from polysense.pipeline import Pipeline
 from polysense.proofs.arms import Arm, some_of, train_arm
 from polysense.proofs.harness import Outcome
-from polysense.proofs.hidden import learned, nearest, photos, probed, smaller
-from polysense.proofs.small import pair, plain_clip
+from polysense.proofs.hidden import learned, nearest, photos, probed, small_clip, smaller
 from polysense.systems.generate import vq_vae
 from polysense.systems.selfsup import mim_framework
 from polysense.train.run import override
@@ -26,13 +25,6 @@ METRIC = "worst error over five targets of hidden patches of unseen photographs,
 HIGHER_IS_BETTER = False
 DATA = "tiny_imagenet40 (4,000 training photographs of 64 px, 800 unseen); natural_captions (2,627 photographs with captions) for the CLIP"
 WORDS = ("pixel", "hog", "dvae", "clip", "ema")
-
-
-def small_clip(seed: int, steps: int = 120) -> Pipeline:
-    """Photographs of 32 px in patches of 4, so that its grid is the student's."""
-    plan = plain_clip(steps)
-    plan = plan.but(config=plan.config.but(**pair(patch=4, width=48, depth=2)), **{"stages.0.batch_size": 64})
-    return train_arm("clip", plan, source("natural_captions"), needs=("image", "text"), seed=seed).subject
 
 
 def taught(preset: Preset, word: str, clip: Pipeline) -> Preset:
