@@ -39,7 +39,7 @@ def told(n: int, seed: int, split: str = "train") -> ListSource:
 
 def plan(**weights: float) -> Preset:
     arm = fitted(coca.tiny(), coca.config(plain_vit(SIZE, 8, 96, 3, 3), (96, 2, 3), 8, VOCAB, LENGTH), STEPS, **{
-        "stages.0.batch_size": 64, "feed.text.vocab": VOCAB, "feed.text.length": LENGTH})
+        "stages.0.batch_size": 64, "feed.told": (), "feed.text.vocab": VOCAB, "feed.text.length": LENGTH})
     return arm.but(**{"stages.0.weights": tuple((dict(coca.WEIGHTS) | weights).items())})
 
 

@@ -177,6 +177,14 @@ def test_the_state_behind_the_text_fuses_picture_and_words(system, batch):
     assert (system.fuse(batch["image"], batch["text"].roll(1, 0)) - fused).abs().max() > 1e-3
 
 
+def test_labels_are_texts_like_others_half_of_every_batch():
+    from polysense.base.telling import Mixed, Triplets
+
+    told = preset_of("coca").feed.told
+    assert [type(t) for t in told] == [Triplets, Mixed] and told[1].shares == (0.5, 0.5), "carried out: tests/data/test_weblike"
+    assert set(polysense.catalogue()["coca"].needs) == {"image", "text"}, "there is no head for labels"
+
+
 def test_published_sizes():
     with torch.device("meta"):
         base = preset_of("coca", "paper_base").config.build()

@@ -20,6 +20,7 @@ from polysense.archetypes.dual_encoder import DualEncoder
 from polysense.base.card import Card
 from polysense.base.errors import UserError
 from polysense.base.system import Batch, Feed, ImagePlan, Losses, Optim, Preset, PromptPlan, Spec, Stage, ViewPlan, final
+from polysense.base.telling import Mixed, ToldFeed, Triplets
 from polysense.connectors.attentional_pool import AttentionalPooler, PooledViT
 from polysense.decoders.split import ClosedText, Telling, alternating
 from polysense.nn.attention import Attention
@@ -138,10 +139,11 @@ WEIGHTS = (("contrast", 1.0), ("caption", 2.0))
 
 
 def tiny() -> Preset:
-    """Photographs with captions, products with their titles; 16 queries."""
+    """Captioned photographs and labelled ones, which prompts call by their names, half and half in every batch; 16 queries."""
     return Preset(
-        data="natural_captions+fashion_products", config=config(plain_vit(64, 8, 128, 4, 2), (128, 2, 2), 16, 4096, 48),
-        feed=Feed(image=ImagePlan(size=64), text=PromptPlan(vocab=4096, length=48), train_image=ViewPlan(size=64, scale=(0.6, 1.0))),
+        data="natural_captions+tiny_imagenet40", config=config(plain_vit(64, 8, 128, 4, 2), (128, 2, 2), 16, 4096, 48),
+        feed=ToldFeed(image=ImagePlan(size=64), text=PromptPlan(vocab=4096, length=48), train_image=ViewPlan(size=64, scale=(0.6, 1.0)),
+                      told=(Triplets(), Mixed(shares=(0.5, 0.5)))),
         stages=(Stage(objective=CoCa.both, embed=CoCa.read, weights=WEIGHTS, steps=400, batch_size=64,
                       optim=Optim(lr=1e-3, weight_decay=0.01, warmup=40, clip=1.0)),))
 
