@@ -2,7 +2,7 @@
 
 The score is the loss in units of that of always saying the mean target: below one, something is known of what is hidden. Noted beside it: the
 spread of the targets, relative to their length, here and in an ablation that takes one layer and does not norm it, and a linear layer on the
-frozen features of both. Sized on training photographs.
+frozen features of both. Sizes are a first guess.
 """
 import torch
 from torch import Tensor

@@ -2,7 +2,7 @@
 
 The score: log-spectra of the reconstructed pictures (visible patches as they are) against those of the true ones, averaged over rings of equal
 frequency, mean absolute difference over the upper half of the rings. The error of hidden pixels of both is noted, it should not be much worse.
-Sized on training photographs.
+Sizes are a first guess.
 """
 import torch
 from torch import Tensor

@@ -1,7 +1,7 @@
 """MaskFeat says which way the edges in hidden patches of unseen photographs run, better than the average and than the nearest visible patch.
 
 Cosine of predicted and true histograms of each cell and colour channel. Noted beside it: a linear layer on its frozen features against one on
-the same tower with random weights. Sized on training photographs.
+the same tower with random weights. Sizes are a first guess.
 """
 import torch
 from torch import Tensor

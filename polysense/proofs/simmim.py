@@ -1,8 +1,7 @@
 """SimMIM draws large hidden squares of unseen photographs better than their surroundings would; small squares are easier, and teach no more.
 
 The same model with cells of one patch is trained beside it: hidden pixels then lie beside visible ones and are guessed with a smaller error,
-while a linear layer on its frozen features does not gain, which is why the paper hides large cells. Both are noted. Sized on training
-photographs.
+while a linear layer on its frozen features does not gain, which is why the paper hides large cells. Both are noted. Sizes are a first guess.
 """
 import torch
 from torch import Tensor
