@@ -41,7 +41,7 @@ def run(subject: Any, test: Any, train: Any, *, shots: Sequence[int] = (1, 5, 10
             attentive = attentive_probe.run(subject, places[0], places[1], seed=seed)
             out["attentive"] = attentive.metrics["accuracy"]
             notes["attentive weight_decay"] = attentive.notes["weight_decay"]
-    if not (isinstance(train, Features) or isinstance(test, Features)):
+    if not (isinstance(train, Features) or isinstance(test, Features)) and getattr(subject, "preset", None) is not None:
         twin = untrained(subject, seed)
         born = [encode_all_images(twin, s, progress, batch_size=batch_size) for s in (test, train)]
         out["untrained_linear"] = linear_probe.run(twin, born[0], born[1], seed=seed).metrics["accuracy"]

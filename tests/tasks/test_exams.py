@@ -38,6 +38,11 @@ class Colours(nn.Module):
         self.seen += len(image)
         return F.normalize(self.net(image.mean((2, 3))), dim=-1)
 
+    @property
+    def tower(self):
+        """One place a picture."""
+        return SimpleNamespace(dense=lambda image: self.encode_image(image)[:, None, None])
+
 
 class Aligned(nn.Module):
     """The first picture column names its class as one-hot; a text is the one-hot of the class word that it holds."""
