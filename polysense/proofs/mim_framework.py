@@ -2,7 +2,8 @@
 
 One encoder, one mask, one number of steps; pixels, histograms of gradients, codes of a VQ-VAE, features of a small CLIP, and the average of the
 student itself. Each error is divided by that of the target of the nearest visible patch; the score is the worst of the five, which has to stay
-below one. The others and a linear layer on each encoder's frozen features are noted: which targets teach most is reported, not required. Sizes are a first guess.
+below one. The others and a linear layer on each encoder's frozen features are noted: which targets teach most is reported, not required. Sizes are a
+first guess.
 """
 from typing import Any
 
