@@ -86,7 +86,8 @@ def read(config: Dict, state: State) -> tuple[str, Dict]:
 def write(config: Any) -> Dict:
     """`open_clip_config.json`. UserError for a CoCa that open_clip does not build."""
     v, t, d = config.vision, config.text, config.decoder
-    blocks: list[Any] = [*cast(tuple[Any, ...], d.block)] if isinstance(d.block, tuple) else []
+    block: Any = d.block
+    blocks: list[Any] = [*cast(tuple[Any, ...], block)] if isinstance(block, tuple) else []
     tower = body_of(v.tower.body, "open_clip")
     text, dim = body_of(t.body, "open_clip"), v.caption.width
     acts: set[str] = {tower["act"], *(b.mlp.act for b in blocks)}
