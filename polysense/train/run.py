@@ -122,7 +122,7 @@ def train_preset(id: str, preset: Preset, needs: Iterable[str], *, name: str = "
         bases: list[Run] = []
         for start in preset.starts:
             bases.append((yield from base_of(start, id, folder, depth, here, {"device": device, "parallel": parallel, "workers": workers})))
-        if isinstance(feeding, SourceFeeding) and asked:
+        if asked and isinstance(feeding, SourceFeeding):
             judge = yield from base_of(asked, id, folder, depth, here, {"device": device, "parallel": parallel, "workers": workers})
             yield Noted(id, folder.path, feeding.judged(judge))
         sitting = Sitting(id, name, preset, tuple(needs), folder, seed, here, checkpoint_every, log_every, time_budget_s)

@@ -94,7 +94,7 @@ def test_wrong_wishes_are_told_in_one_line(run, tmp_path):
     for wish, says in (({"path": run, "system": "slip"}, "is a run of clip, not of slip"),
                        ({"path": tmp_path / "empty", "system": "clip", "layout": "hf"}, "holds no weights"),
                        ({"path": tmp_path / "empty", "system": "clip", "layout": "fairseq"}, "no layout 'fairseq': it has openai, hf, open_clip"),
-                       ({"path": tmp_path / "empty", "system": "clop", "layout": "hf"}, "did you mean clip"),
+                       ({"path": tmp_path / "empty", "system": "clipp", "layout": "hf"}, "did you mean clip"),
                        ({"path": tmp_path / "torn"}, r"run\.json cannot be read"),
                        ({"path": tmp_path / "empty"}, "no run.json.*system=.*layout="),
                        ({"path": "owner/name"}, "can only be a hub id.*system="),

@@ -104,6 +104,7 @@ def planted(n=140, classes=7, noise=0.05, seed=0, width=10, name="planted") -> F
 
 SAME = Pictures()
 TRAINED = [e.name for e in EXAMS.values() if e.trains and "encode_image" in e.asks]
+POOLED = [e for e in TRAINED if e != "attentive_probe"]      # exams that one vector a picture is enough for
 TAKEN = [e.name for e in EXAMS.values() if all(c.startswith("encode_") for c in e.asks)]     # by the toys above; the others have toys of their own
 
 
@@ -137,13 +138,13 @@ def test_results_are_deterministic_and_complete(exam: str):
     assert len(one.rows()) == len(one.metrics) == one.table().row_count
 
 
-@pytest.mark.parametrize("exam", TRAINED)
+@pytest.mark.parametrize("exam", POOLED)
 def test_separable_features_give_everything(exam: str):
     result = take(exam, subject(Colours()), planted(seed=1), planted())
     assert result.value == 1.0 and result.metrics[next(iter(result.metrics))].low == 1.0
 
 
-@pytest.mark.parametrize("exam", TRAINED)
+@pytest.mark.parametrize("exam", POOLED)
 def test_features_without_information_give_chance(exam: str):
     g = torch.Generator().manual_seed(5)
     noise = [Features("noise", ("image", "label"), WORDS, F.normalize(torch.randn(700, 8, generator=g), dim=-1), np.arange(700) % 7,
@@ -307,7 +308,9 @@ def test_features_are_computed_once_and_serve_many_exams():
     direct = take("knn_probe", who, Pictures(30), Pictures(50, seed=1))
     system.seen = 0
     assert take("knn_probe", who, test, train).to_json() == direct.to_json()
-    assert [take(e, who, test, train).n for e in TRAINED] == [30] * 3 and system.seen == 0
+    assert [take(e, who, test, train).n for e in POOLED] == [30] * len(POOLED) and system.seen == 0
+    with pytest.raises(UserError, match="reads patches.*give the data"):
+        take("attentive_probe", who, test, train)
 
 
 def test_damaged_pictures_are_left_out_and_listed():
@@ -360,7 +363,7 @@ def test_exams_are_listed_without_torch():
 
     code = "import sys; from polysense.tasks import EXAMS; assert len(EXAMS) > 5; print(sorted({'torch', 'numpy', 'sklearn'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
-    assert exams_for(Colours()) == ("linear_probe", "knn_probe", "few_shot")
+    assert exams_for(Colours()) == ("linear_probe", "knn_probe", "few_shot", "attentive_probe", "probes")
 
 
 def test_videos_of_several_vectors_are_as_near_as_their_nearest():
