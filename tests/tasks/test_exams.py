@@ -309,7 +309,7 @@ def test_features_are_computed_once_and_serve_many_exams():
     system.seen = 0
     assert take("knn_probe", who, test, train).to_json() == direct.to_json()
     assert [take(e, who, test, train).n for e in POOLED] == [30] * len(POOLED) and system.seen == 0
-    with pytest.raises(UserError, match="reads patches.*give the data"):
+    with pytest.raises(UserError, match=r"reads patches.*give the data"):
         take("attentive_probe", who, test, train)
 
 
