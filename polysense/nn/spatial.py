@@ -96,8 +96,8 @@ class SpatialTransformer(Part):
     """x + proj_out(body(proj_in(norm(x)))): [B,C,H,W] -> [B,C,H,W] (Rombach et al. 2022, appendix E.2.1).
 
     `body` has blocks of self-attention, cross-attention to the context (where one is given) and a GEGLU feed-forward, each behind a layer norm.
-    proj_out starts at zero; the rest is born by its number of inputs: with a fixed small deviation the context of a narrow net came through a
-    hundred times too weak, and words were not heard.
+    proj_out starts at zero; the rest is born by its number of inputs, as in the released code: with a fixed small deviation the context of a
+    narrow net comes through some ten times weaker.
     """
 
     @dataclass(frozen=True, kw_only=True)
