@@ -2,13 +2,13 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import log
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polysense.base.system import After, Batch, Losses, Spec, System
+from polysense.mechanisms.mask_sampler import RandomMask
 from polysense.nn.masking import Masking
 from polysense.objectives.contrastive import apart, info_nce, multi_positive
 
@@ -67,12 +67,6 @@ class DualEncoder(System):
         return {"image": self.from_features(batch["features"]) if "features" in batch else self.encode_image(batch["image"]),
                 "text": self.encode_text(batch["text"])}
 
-    def embed_part(self, batch: Batch, sampler: Any) -> dict[str, Tensor]:
-        """As `embed`, of pictures of which only a random part is read, anew for each (Li et al. 2023, FLIP). sampler: of mechanisms.mask_sampler."""
-        image = batch["image"]
-        masking = sampler(len(image), self.vision.grid_of(image), image.device)
-        return {"image": self.encode_part(image, masking), "text": self.encode_text(batch["text"])}
-
     def compare(self, seen: dict[str, Tensor]) -> Losses:
         """The symmetric cross-entropy over all pairs of the global batch (Radford et al. 2021, figure 3)."""
         return Losses(contrast=info_nce(seen["image"], seen["text"], self.scale))
@@ -98,3 +92,21 @@ class DualEncoder(System):
     @torch.no_grad()
     def after_step(self, after: After) -> None:
         self.log_scale.clamp_(max=self.max_log_scale)
+
+
+class MaskedDualEncoder(DualEncoder):
+    """Reads a random part of every picture while it learns (Li et al. 2023, FLIP)."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(DualEncoder.Config):
+        sampler: RandomMask.Config
+
+    def __init__(self, c: Config):
+        super().__init__(c)
+        self.sampler = c.sampler.build()
+
+    def embed_masked(self, batch: Batch) -> dict[str, Tensor]:
+        """As `embed`, of pictures of which only a random part is read, anew for each."""
+        image = batch["image"]
+        masking = self.sampler(len(image), self.vision.grid_of(image), image.device)
+        return {"image": self.encode_part(image, masking), "text": self.encode_text(batch["text"])}

@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from polysense.base.system import After, Batch, Spec, System
+from polysense.base.system import After, Batch, Losses, Spec, System
 from polysense.mechanisms.mask_sampler import DropHidden
 from polysense.nn.build import build
 from polysense.nn.masking import Masking
+from polysense.objectives.masked import masked_cosine
 
 
 class MaskedModel(System):
@@ -113,3 +114,19 @@ class MaskedPictures(MaskedModel):
     def cover(self, image: Tensor, masking: Masking | None = None) -> Tensor:
         """image [B,3,H,W] -> the same with its hidden patches in the mean colour: what the encoder is shown. Draws as `reconstruct` does."""
         return self.target.cover(image, masking or self.masking(image), self.encoder.grid_of(image))
+
+
+class MaskedFeatures(MaskedModel):
+    """Masked models of pictures that say what another network sees where they see nothing, by cosine (Fang et al. 2023, EVA, section 2.1)."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(MaskedModel.Config):
+        pass
+
+    def losses(self, batch: Batch) -> Losses:
+        image = batch["image"]
+        return Losses(features=masked_cosine(*self.pairs(image, self.masking(image))))
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """image [B,3,H,W] -> [B,D], unit norm: the tower's pooled feature, no patch hidden."""
+        return self.features(image)

@@ -58,14 +58,19 @@ def read(config: Dict, state: State) -> tuple[str, Dict]:
                            "config.projector.out": prototypes, "config.centre.width": prototypes}
 
 
+def fits(config: Any, package: str, instead: str) -> None:
+    """Raises a UserError where the authors' code could not hold this tower."""
+    plain(config)
+    of = body_of(config.backbone.body, package)
+    if of["act"] != "gelu" or of["eps"] != 1e-6 or of["heads"] != max(1, of["width"] // HEAD_WIDTH):
+        raise UserError("the authors' ViT has GELU, eps 1e-6 and heads of 64 numbers", instead)
+
+
 def write(config: Any) -> Dict:
     """Nothing but the check that the authors' code could hold this system."""
-    plain(config)
     if getattr(config.projector, "norm", None) is not None:
         raise UserError("the authors' released heads have no norms", "export to hf, which holds the backbone")
-    of = body_of(config.backbone.body, "facebook")
-    if of["act"] != "gelu" or of["eps"] != 1e-6 or of["heads"] != max(1, of["width"] // HEAD_WIDTH):
-        raise UserError("the authors' ViT has GELU, eps 1e-6 and heads of 64 numbers", "export to hf")
+    fits(config, "facebook", "export to hf")
     return {}
 
 

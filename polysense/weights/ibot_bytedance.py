@@ -7,11 +7,10 @@ from typing import Any
 
 from polysense.base.errors import UserError
 from polysense.weights import dino_facebook
-from polysense.weights.dino_facebook import HEAD_WIDTH, flat
-from polysense.weights.dino_hf import plain
+from polysense.weights.dino_facebook import flat
 from polysense.weights.keymap import KeyMap, Op, State, Tensors, both, lead2, rule
 from polysense.weights.layout import Layout
-from polysense.weights.sizes import Dict, body, body_of, count, side, size
+from polysense.weights.sizes import Dict
 from polysense.weights.vit_timm import VISION
 
 
@@ -45,33 +44,20 @@ def keymap(config: Any) -> KeyMap:
 
 
 def read(config: Dict, state: State) -> tuple[str, Dict]:
-    """(preset, overrides) from the shapes."""
-    full = "student.backbone.cls_token" in state
-    inner = {k.removeprefix("student.backbone."): v for k, v in state.items() if k.startswith("student.backbone.")} if full else state
-    width, patch = size(inner, "patch_embed.proj.weight"), size(inner, "patch_embed.proj.weight", 3)
-    image = patch * side(size(inner, "pos_embed", 1))
-    out: Dict = {"config.backbone.image_size": image, "config.backbone.patch": patch, "feed.image.size": image,
-                 **body("config.backbone.body", width=width, depth=count(inner, "blocks"), heads=max(1, width // HEAD_WIDTH),
-                        hidden=size(inner, "blocks.0.mlp.fc1.weight"))}
-    if not full:
-        return "features", out
-    at, depth = "student.head", sum(k.startswith("student.head.mlp.") and k.endswith(".weight") for k in state)
-    if f"{at}.last_layer2.weight_v" not in state:
+    """(preset, overrides) from the shapes: those of DINO, and a centre for the patches."""
+    preset, out = dino_facebook.read(config, state)
+    if preset == "features":
+        return preset, out
+    if "student.head.last_layer2.weight_v" not in state:
         raise UserError("this checkpoint has no head for patches", "it is one of dino: --system dino")
-    prototypes = size(state, f"{at}.last_layer.weight_v")
-    return "paper", out | {"config.projector.into": width, "config.projector.hidden": size(state, f"{at}.mlp.0.weight"),
-                           "config.projector.bottleneck": size(state, f"{at}.last_layer.weight_v", 1), "config.projector.depth": depth,
-                           "config.projector.out": prototypes, "config.centre.width": prototypes, "config.patch_centre.width": prototypes}
+    return preset, out | {"config.patch_centre.width": out["config.centre.width"]}
 
 
 def write(config: Any) -> Dict:
     """Nothing but the check that the authors' code could hold this system."""
-    plain(config)
     if getattr(config.projector, "norm", None) is not None or config.patch_head is not None:
         raise UserError("the authors' released heads are shared and have no norms", "keep the run folder")
-    of = body_of(config.backbone.body, "bytedance")
-    if of["act"] != "gelu" or of["eps"] != 1e-6 or of["heads"] != max(1, of["width"] // HEAD_WIDTH):
-        raise UserError("the authors' ViT has GELU, eps 1e-6 and heads of 64 numbers", "keep the run folder")
+    dino_facebook.fits(config, "bytedance", "keep the run folder")
     return {}
 
 

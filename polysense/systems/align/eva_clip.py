@@ -1,6 +1,6 @@
 """EVA-CLIP: CLIP whose image tower has first learned to see what CLIP sees, trained steadily at a large scale.
 
-First the tower learns alone (`EVA`): some 40 percent of the patches are hidden, block by block, and a linear head names what a frozen CLIP says
+First the tower learns alone (`EVATower`): some 40 percent of the patches are hidden, block by block, and a linear head names what a frozen CLIP says
 of them, in the space of texts:
 
     min  mean over hidden patches of  1 - cos(W h_i, clip(image)_i)                                    (EVA, section 2.1)
@@ -15,17 +15,14 @@ inside each branch; EVA-01 and the largest EVA-02 are plain. Keys never have a b
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
-from polysense.archetypes.dual_encoder import DualEncoder
-from polysense.archetypes.masked_model import MaskedModel
+from polysense.archetypes.dual_encoder import MaskedDualEncoder
+from polysense.archetypes.masked_model import MaskedFeatures
 from polysense.base.card import Card
-from polysense.base.system import Batch, Feed, ImagePlan, Losses, Optim, Preset, Stage, Start, TextPlan, ViewPlan, final
+from polysense.base.system import Feed, ImagePlan, Optim, Preset, Stage, Start, TextPlan, ViewPlan, final
 from polysense.decoders.codes import CodeHead
 from polysense.decoders.features import FeatureTarget
 from polysense.mechanisms.mask_sampler import BlockMask, FillHidden, RandomMask
 from polysense.nn.head import Linear, LinearBias
-from polysense.objectives.masked import masked_cosine
 from polysense.towers.clip import body, vit_pair
 from polysense.towers.clip_text import ClipText
 from polysense.towers.eva import EvaViT, eva01, eva02, eva02_e
@@ -43,35 +40,21 @@ weights = {"official": eva_clip.OFFICIAL, "open_clip": eva_clip.OPEN_CLIP}
 
 
 @final
-class EVACLIP(DualEncoder):
+class EVACLIP(MaskedDualEncoder):
+    """Rotations are those of the kept places."""
+
     @dataclass(frozen=True, kw_only=True)
-    class Config(DualEncoder.Config):
-        sampler: RandomMask.Config
-
-    def __init__(self, c: Config):
-        super().__init__(c)
-        self.sampler = c.sampler.build()
-
-    def embed_masked(self, batch: Batch) -> dict[str, Tensor]:
-        """As `embed`, of pictures of which only a random part is read; rotations are those of the kept places."""
-        return self.embed_part(batch, self.sampler)
+    class Config(MaskedDualEncoder.Config):
+        pass
 
 
 @final
-class EVA(MaskedModel):
-    """The image tower's own training, before there are texts."""
+class EVATower(MaskedFeatures):
+    """The image tower's own training, before there are texts; its feature is the class token."""
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(MaskedModel.Config):
+    class Config(MaskedFeatures.Config):
         pass
-
-    def losses(self, batch: Batch) -> Losses:
-        image = batch["image"]
-        return Losses(features=masked_cosine(*self.pairs(image, self.masking(image))))
-
-    def encode_image(self, image: Tensor) -> Tensor:
-        """image [B,3,H,W] -> [B,D], unit norm: the class token, no patch hidden."""
-        return self.features(image)
 
 
 LEARNS = ("encoder.*", "hide.*", "decoder.*")
@@ -114,8 +97,8 @@ def mim(size: int, encoder: EvaViT.Config, hidden: int, least: int, tower: Any, 
         stage: Stage) -> Preset:
     return Preset(
         data=data, starts=starts, stages=(stage,), feed=Feed(image=ImagePlan(size=size), train_image=ViewPlan(size=size, scale=(0.2, 1.0), flip=0.5)),
-        config=EVA.Config(encoder=encoder, sampler=BlockMask.Config(hidden=hidden, least=least), hide=FillHidden.Config(), decoder=CodeHead.Config(),
-                          target=FeatureTarget.Config(tower=tower, head=head, width=width)))
+        config=EVATower.Config(encoder=encoder, sampler=BlockMask.Config(hidden=hidden, least=least), hide=FillHidden.Config(),
+                               decoder=CodeHead.Config(), target=FeatureTarget.Config(tower=tower, head=head, width=width)))
 
 
 def teacher(from_: str, preset: str) -> tuple[Start, ...]:
@@ -127,7 +110,7 @@ def tiny_mim() -> Preset:
     """The tower of `tiny`, taught by `clip` tiny_vit."""
     lent = vit_pair(64, 8, body(192, 6, 3), body(192, 3, 3), 192)
     return mim(64, eva02(64, 8, 192, 6, 3, grid=8), 26, 6, lent["vision"], lent["image_head"], 192, teacher("clip", "tiny_vit"), "scenes", Stage(
-        objective=EVA.losses, trainable=LEARNS, steps=300, batch_size=64,
+        objective=EVATower.losses, trainable=LEARNS, steps=300, batch_size=64,
         optim=Optim(lr=1.5e-3, weight_decay=0.05, betas=(0.9, 0.98), warmup=30, clip=3.0)))
 
 
@@ -182,5 +165,5 @@ def mim_paper() -> Preset:
     """EVA-02-L on Merged-38M, 56 epochs of batch 2048: the features of EVA01-CLIP-g/14 (Fang et al. 2023, EVA-02, table 4)."""
     g, epoch = g_14().config, 38_000_000 // 2048
     return mim(224, eva02(224, 14, 1024, 24, 16), 105, 16, g.vision, g.image_head, 1024, teacher("eva_clip", "g_14"), "merged38m",  # type: ignore[attr-defined]
-               Stage(objective=EVA.losses, trainable=LEARNS, steps=56 * epoch, batch_size=2048, checkpoint_activations=True,
+               Stage(objective=EVATower.losses, trainable=LEARNS, steps=56 * epoch, batch_size=2048, checkpoint_activations=True,
                      optim=Optim(lr=1.5e-3, weight_decay=0.05, betas=(0.9, 0.98), eps=1e-6, warmup=epoch, clip=3.0)))

@@ -12,11 +12,9 @@ both ways and is read at its first token.
 """
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from polysense.archetypes.dual_encoder import DualEncoder
+from polysense.archetypes.dual_encoder import MaskedDualEncoder
 from polysense.base.card import Card
-from polysense.base.system import Batch, Feed, ImagePlan, Optim, Preset, Stage, TextPlan, ViewPlan, final
+from polysense.base.system import Feed, ImagePlan, Optim, Preset, Stage, TextPlan, ViewPlan, final
 from polysense.mechanisms.mask_sampler import RandomMask
 from polysense.nn.mlp import MLP
 from polysense.towers.clip import body, vit_pair
@@ -35,18 +33,10 @@ weights = {"open_clip": clip_open_clip.layout("flip", "big_g")}
 
 
 @final
-class FLIP(DualEncoder):
+class FLIP(MaskedDualEncoder):
     @dataclass(frozen=True, kw_only=True)
-    class Config(DualEncoder.Config):
-        sampler: RandomMask.Config
-
-    def __init__(self, c: Config):
-        super().__init__(c)
-        self.sampler = c.sampler.build()
-
-    def embed_masked(self, batch: Batch) -> dict[str, Tensor]:
-        """As `embed`, of pictures of which only a random part is read."""
-        return self.embed_part(batch, self.sampler)
+    class Config(MaskedDualEncoder.Config):
+        pass
 
 
 def config(size: int, patch: int, image: tuple[int, int, int], text: tuple[int, int, int], dim: int, vocab: int, length: int,

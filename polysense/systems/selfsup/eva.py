@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from polysense.archetypes.masked_model import MaskedModel
+from polysense.archetypes.masked_model import MaskedFeatures
 from polysense.base.card import Card
 from polysense.base.errors import UserError
-from polysense.base.system import Batch, Feed, ImagePlan, Losses, Optim, Preset, Stage, Start, ViewPlan, final
+from polysense.base.system import Feed, ImagePlan, Optim, Preset, Stage, Start, ViewPlan, final
 from polysense.decoders.codes import CodeHead
 from polysense.decoders.features import FeatureTarget
 from polysense.mechanisms.mask_sampler import BlockMask, FillHidden
@@ -29,7 +29,6 @@ from polysense.nn.init import RescaledInit
 from polysense.nn.mlp import MLP
 from polysense.nn.norm import LayerNorm
 from polysense.nn.transformer import Transformer
-from polysense.objectives.masked import masked_cosine
 from polysense.towers.clip import body, image_tower
 from polysense.towers.vit import ViT
 from polysense.weights import eva
@@ -50,18 +49,10 @@ LEARNS = ("encoder.*", "hide.*", "decoder.*")
 
 
 @final
-class EVA(MaskedModel):
+class EVA(MaskedFeatures):
     @dataclass(frozen=True, kw_only=True)
-    class Config(MaskedModel.Config):
+    class Config(MaskedFeatures.Config):
         pass
-
-    def losses(self, batch: Batch) -> Losses:
-        image = batch["image"]
-        return Losses(features=masked_cosine(*self.pairs(image, self.masking(image))))
-
-    def encode_image(self, image: Tensor) -> Tensor:
-        """image [B,3,H,W] -> [B,D], unit norm: the mean of all patch tokens, none hidden."""
-        return self.features(image)
 
     def patches(self, side: int) -> Tensor:
         """The kernels of the patch embedding [D,3,P,P] for patches of another side: interpolated, bicubic."""
