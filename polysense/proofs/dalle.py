@@ -28,6 +28,7 @@ METRIC, HIGHER_IS_BETTER = "share of drawn scenes whose colour and shape are tho
 DATA = "scenes:combos, 32 px, plain, 4 colours x 4 shapes (3,000 train; sentences of 96 test scenes)"
 SCENES = "scenes:combos?size=32&style=plain&shapes=4&colours=4&combos=all&captions=1"
 LENGTH = 20
+STAGE_1, STEPS = 600, 1000                   # steps of the codes and of the transformer: words begin to count after some 500
 
 
 def plan(steps: int) -> Preset:
@@ -42,7 +43,7 @@ def shuffled(train: Source, of: Preset, tokenizer: Any, seed: int) -> Iterator[B
         yield batch | {"text": batch["text"].roll(1, 0)}
 
 
-def compare(seed: int, train: Source, test: Source, asked: int = 96, stage_1: int = 600, steps: int = 400) -> Outcome:
+def compare(seed: int, train: Source, test: Source, asked: int = 96, stage_1: int = STAGE_1, steps: int = STEPS) -> Outcome:
     of, train, needs = plan(steps), kept(train), ("image", "text")
     codec = train_arm("vq_vae", vq_vae.small().but(**{"stages.0.steps": stage_1}), train, needs=("image",), seed=seed).subject
     tokenizer = words(of, train)
@@ -79,6 +80,4 @@ def drawn(subject: Pipeline, scorer: Pipeline, batch: Batch, seed: int, count: i
 
 
 def run(seed: int) -> Outcome:
-    return compare(seed, source(f"{SCENES}&n=3000&seed={seed}"), source(f"{SCENES}&n=96&seed={seed}", split="test"))
-
-
+    return compare(seed, source(f"{SCENES}&n=3000&seed={seed}"), source(f"{SCENES}&n=96&seed={seed}", split="test"), stage_1=STAGE_1, steps=STEPS)
