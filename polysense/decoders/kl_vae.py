@@ -1,6 +1,5 @@
 """The auto-encoder of latent diffusion. Shapes: B batch, H W pixels, h w = H/f W/f places, Z latent channels."""
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,72 +7,8 @@ from torch import Tensor, nn
 from polysense.base.errors import UserError
 from polysense.base.spec import Spec
 from polysense.base.system import Part
-from polysense.nn.build import build
+from polysense.decoders.res_codec import Ladder, ResDecoder, ResEncoder
 from polysense.nn.norm import GroupNorm
-from polysense.nn.spatial import Grow, ResBlock, Shrink, SpatialAttention, silu
-
-
-class _Ends(nn.Module):
-    """What encoder and decoder share: the middle at the smallest size and the last convolution."""
-
-    def __init__(self, norm: Spec, width: int, last: int, out: int):
-        super().__init__()
-        block = ResBlock.Config(into=width, width=width, norm=norm)
-        self.mid: Any = nn.ModuleDict({"block1": block.build(), "attn": SpatialAttention.Config(width=width, norm=norm).build(),
-                                       "block2": block.build()})
-        self.norm_out, self.conv_out = build(norm, width=last), nn.Conv2d(last, out, 3, padding=1)
-
-    def middle(self, x: Tensor) -> Tensor:
-        return self.mid["block2"](self.mid["attn"](self.mid["block1"](x)))
-
-    def end(self, x: Tensor) -> Tensor:
-        return self.conv_out(silu(self.norm_out(x)))
-
-
-def _level(norm: Spec, intos: list[int], width: int, after: dict[str, Part]) -> nn.Module:
-    out: Any = nn.Module()
-    out.blocks = nn.ModuleList(ResBlock(ResBlock.Config(into=i, width=width, norm=norm)) for i in intos)
-    for name, part in after.items():
-        out.add_module(name, part)
-    return out
-
-
-class _Encoder(_Ends):
-    def __init__(self, c: "KLVAE.Config"):
-        super().__init__(c.norm, c.widths[-1], c.widths[-1], 2 * c.latents)
-        self.conv_in, self.down = nn.Conv2d(c.channels, c.widths[0], 3, padding=1), nn.ModuleList()
-        into = c.widths[0]
-        for i, width in enumerate(c.widths):
-            after: dict[str, Part] = {"shrink": Shrink(Shrink.Config(width=width, pad="end"))} if i < len(c.widths) - 1 else {}
-            self.down.append(_level(c.norm, [into] + [width] * (c.depth - 1), width, after))
-            into = width
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        for level in self.down:
-            for block in level.blocks:  # type: ignore[union-attr]
-                x = block(x)
-            x = level.shrink(x) if hasattr(level, "shrink") else x  # type: ignore[operator]
-        return self.end(self.middle(x))
-
-
-class _Decoder(_Ends):
-    def __init__(self, c: "KLVAE.Config"):
-        super().__init__(c.norm, c.widths[-1], c.widths[0], c.channels)
-        self.conv_in, self.up = nn.Conv2d(c.latents, c.widths[-1], 3, padding=1), nn.ModuleList()
-        into = c.widths[-1]
-        for i, width in reversed(list(enumerate(c.widths))):
-            after: dict[str, Part] = {"grow": Grow(Grow.Config(width=width))} if i else {}
-            self.up.append(_level(c.norm, [into] + [width] * c.depth, width, after))
-            into = width
-
-    def forward(self, z: Tensor) -> Tensor:
-        x = self.middle(self.conv_in(z))
-        for level in self.up:
-            for block in level.blocks:  # type: ignore[union-attr]
-                x = block(x)
-            x = level.grow(x) if hasattr(level, "grow") else x  # type: ignore[operator]
-        return self.end(x)
 
 
 class KLVAE(Part):
@@ -100,7 +35,8 @@ class KLVAE(Part):
 
     def __init__(self, c: Config):
         super().__init__()
-        self.encoder, self.decoder = _Encoder(c), _Decoder(c)
+        ladder = Ladder(widths=c.widths, depth=c.depth, maps=c.latents, channels=c.channels, norm=c.norm)
+        self.encoder, self.decoder = ResEncoder(ladder.but(maps=2 * c.latents)), ResDecoder(ladder)
         self.quant, self.post_quant = nn.Conv2d(2 * c.latents, 2 * c.latents, 1), nn.Conv2d(c.latents, c.latents, 1)
         self.stride, self.channels, self.latents = c.stride, c.channels, c.latents
         self.register_buffer("scale", torch.ones(()))
@@ -111,7 +47,7 @@ class KLVAE(Part):
         if image.ndim != 4 or image.shape[1] != self.channels or image.shape[2] % self.stride or image.shape[3] % self.stride:
             raise UserError(f"a picture of shape {list(image.shape)}",
                             f"this auto-encoder reads [B,{self.channels},H,W] with H and W multiples of {self.stride}")
-        mean, log = self.quant(self.encoder(image.contiguous(memory_format=torch.channels_last))).chunk(2, 1)
+        mean, log = self.quant(self.encoder(image)).chunk(2, 1)
         return mean, log.clamp(-30.0, 20.0)
 
     def encode(self, image: Tensor) -> Tensor:
