@@ -83,6 +83,21 @@ def visible_mean(values: Tensor, mask: Tensor) -> Tensor:
     return ((values * seen).sum(1, keepdim=True) / seen.sum(1, keepdim=True)).expand_as(values)
 
 
+@torch.inference_mode()
+def guessed(arm: Arm, image: Tensor, average: Tensor, alike: Callable[[Tensor, Tensor], float], seed: int) -> dict[str, float]:
+    """How alike guesses and truth are at hidden patches of image [n,3,H,W]: what the arm says (under its name), the `average` [D] of training
+    pictures, and what stands at the nearest visible patch. alike: of two [M,D] -> their mean likeness."""
+    system, sums = arm.subject.system, dict[str, float]()
+    torch.manual_seed(seed)
+    for some in image.split(100):
+        masking = system.masking(some)
+        said, truth = system.pairs(some, masking)
+        for name, guess in ((arm.subject.id, said), ("the average", average.expand_as(truth)),
+                            ("the nearest visible patch", nearest(system.target.whole(some), masking.mask)[masking.mask])):
+            sums[name] = sums.get(name, 0.0) + alike(guess, truth) * len(some) / len(image)
+    return sums
+
+
 def probed(subject: Any, train: Source, count: int = 1000) -> float:
     """Accuracy of a linear layer on frozen features, learned from `count` labelled photographs, on the unseen ones."""
     few = Subset(train, range(min(count, len(train))))

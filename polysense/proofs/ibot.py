@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from polysense.base.system import Preset
-from polysense.data import source
 from polysense.data.sources import Source
-from polysense.proofs.arms import Arm, exam, read_all, rest_of, some_of, train_arm
+from polysense.proofs.arms import Arm, exam, read_all, train_arm
+from polysense.proofs.distilled import handwriting, small
 from polysense.proofs.harness import Outcome
 from polysense.systems.selfsup import ibot
 from polysense.tasks.encode import Features
@@ -19,15 +19,6 @@ from polysense.train.run import override
 
 METRIC, HIGHER_IS_BETTER = "accuracy of 20 nearest neighbours on the teacher's class token, mnist, 300 steps of 64", True
 DATA = "mnist (3,000 pictures without labels; their labels for the neighbours; 1,000 unseen)"
-
-
-def small() -> Preset:
-    feed: Any = ibot.tiny().feed
-    view, crop = feed.views[0].but(flip=0.0), feed.crops[0].but(flip=0.0, scale=(0.2, 0.5))           # a mirrored digit is another
-    return ibot.tiny().but(**{
-        "feed.views": (view, view), "feed.crops": (crop,) * 2, "config.backbone.patch": 8, "config.backbone.body.depth": 3,
-        "config.sampler.blocks.least": 1, "config.teacher.momentum": 0.97, "config.warming": 1.0, "config.still": 0.0,
-        "stages.0.steps": 300, "stages.0.optim.warmup": 30, "stages.0.optim.lr": 2e-3, "stages.0.optim.final_decay": 0.04})
 
 
 def of_patches(system: Any, of: Source, image: torch.Tensor, label: torch.Tensor) -> Any:
@@ -40,15 +31,14 @@ def of_patches(system: Any, of: Source, image: torch.Tensor, label: torch.Tensor
 
 
 def run(seed: int, part: str = "test") -> Outcome:
-    held = source("mnist", split="test")
-    train, test = some_of(source("mnist"), 3000, seed), some_of(held, 1000, 0) if part == "dev" else some_of(rest_of(held, 2000, 0), 1000, 0)
+    (train, test), plan = handwriting(seed, part), small(ibot)
 
     def arm(preset: Preset) -> Arm:
         return train_arm("ibot", preset, train, needs=("views", "crops"), seed=seed)
 
-    arms = {"iBOT": arm(small()), "untrained": arm(small().but(stages=())), "nothing hidden": arm(override(small(), {"masking": "none"}))}
+    arms = {"iBOT": arm(plan), "untrained": arm(plan.but(stages=())), "nothing hidden": arm(override(plan, {"masking": "none"}))}
     score = {name: exam("knn_probe", a.subject, test, "accuracy", train=train) for name, a in arms.items()}
-    read = [(s, *read_all(small().feed, s)) for s in (test, train)]
+    read = [(s, *read_all(plan.feed, s)) for s in (test, train)]
     patches = {name: exam("linear_probe", a.subject, of_patches(a.subject.system, *read[0]), "accuracy",
                           train=of_patches(a.subject.system, *read[1])) for name, a in arms.items()}
     return Outcome(score["iBOT"], {"untrained": score["untrained"]}, {

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from polysense.pipeline import Pipeline
-from polysense.proofs.arms import Arm
 from polysense.proofs.harness import Outcome
-from polysense.proofs.hidden import learned, nearest, photos, probed, smaller
+from polysense.proofs.hidden import guessed, learned, photos, probed, smaller
 from polysense.systems.selfsup import maskfeat
 
 METRIC, HIGHER_IS_BETTER = "cosine of predicted and true HOG of hidden 8 px patches of unseen photographs of 64 px, 400 steps of 64", True
@@ -22,25 +21,12 @@ def alike(one: Tensor, two: Tensor) -> float:
     return float(torch.cosine_similarity(one, two, dim=2)[two.norm(dim=2) > 0].mean())
 
 
-@torch.inference_mode()
-def agreement(arm: Arm, image: Tensor, average: Tensor, seed: int) -> dict[str, float]:
-    system, sums = arm.subject.system, dict[str, float]()
-    torch.manual_seed(seed)
-    for some in image.split(100):
-        masking = system.masking(some)
-        said, truth = system.pairs(some, masking)
-        for name, guess in (("MaskFeat", said), ("average histogram", average.expand_as(truth)),
-                            ("nearest visible patch", nearest(system.target.whole(some), masking.mask)[masking.mask])):
-            sums[name] = sums.get(name, 0.0) + alike(guess, truth) * len(some) / len(image)
-    return sums
-
-
 def run(seed: int) -> Outcome:
     preset = smaller(maskfeat.tiny())
     image, unseen, train = photos(preset, 4000, seed)
     made = learned("maskfeat", preset, image, 400, seed)
     average = torch.stack([made.subject.system.target.whole(x).mean((0, 1)) for x in image.split(500)]).mean(0)
-    found = agreement(made, unseen, average, seed)
+    found = guessed(made, unseen, average, alike, seed)
     torch.manual_seed(seed)
     blank = Pipeline(preset.config.build().eval(), preset, None, id="maskfeat")
-    return Outcome(found.pop("MaskFeat"), found, {"linear probe": probed(made.subject, train), "linear probe, random weights": probed(blank, train)})
+    return Outcome(found.pop("maskfeat"), found, {"linear probe": probed(made.subject, train), "linear probe, random weights": probed(blank, train)})
