@@ -31,6 +31,13 @@ class _Through(torch.autograd.Function):
         return grad, None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Codebook(Spec):
+    """What the Config of every quantizer says."""
+    codes: int
+    width: int
+
+
 class VectorQuantizer(Part):
     """k = argmin_j ||z - e_j||, with a straight-through gradient (van den Oord et al. 2017, equations 1 and 2).
 
@@ -39,9 +46,7 @@ class VectorQuantizer(Part):
     """
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(Spec):
-        codes: int
-        width: int
+    class Config(Codebook):
         decay: float | None = None           # gamma of the running means, 0.99 in the paper; None: the codebook is a parameter
         idle: float = 0.0                    # a code used less than this share of even use is born again on an encoder output (not in the paper)
         memory: float = 0.99                 # decay of `count` where the codebook is a parameter
@@ -185,7 +190,7 @@ class VQCodec(Part):
     @dataclass(frozen=True, kw_only=True)
     class Config(Spec):
         encoder: Spec
-        quantizer: VectorQuantizer.Config
+        quantizer: Codebook
         decoder: Spec
 
         @property
@@ -228,3 +233,9 @@ def check_grid(image: Tensor, channels: int, stride: int) -> None:
     check_image(image, channels)
     if image.shape[2] % stride or image.shape[3] % stride:
         raise UserError(f"an image of {image.shape[2]}x{image.shape[3]} pixels", f"this codec reads sides that are multiples of {stride}")
+
+
+def small_codec() -> VQCodec.Config:
+    """64 codes, a quarter of the side: that of `vq_vae` small, a Start of tiny masked models."""
+    return VQCodec.Config(encoder=ConvEncoder.Config(width=64, hidden=32, out=16), decoder=ConvDecoder.Config(into=16, width=64, hidden=32),
+                          quantizer=VectorQuantizer.Config(codes=64, width=16, decay=0.9, idle=0.05, std=0.5))

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from polysense.objectives.masked import masked_mse
+
 
 def codebook_loss(encoded: Tensor, chosen: Tensor) -> Tensor:
     """||sg(z_e) - e||^2, mean over all numbers: moves the codebook alone (van den Oord et al. 2017, equation 3, second term)."""
@@ -71,3 +73,9 @@ def masked_ce(logits: Tensor, target: Tensor, mask: Tensor | None = None) -> Ten
     if mask is not None:
         logits, target = logits[mask], target[mask]
     return F.cross_entropy(logits.float().flatten(0, -2), target.flatten())
+
+
+def aligned(said: tuple[Tensor, Tensor], truth: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """(logits [M,K], features [B,M,D]) of hidden patches against (codes [M], what the encoder says of them [B,M,D]) -> `codes` and `align`, the
+    two terms of Chen et al. 2022, CAE, equation 1."""
+    return {"codes": masked_ce(said[0], truth[0]), "align": masked_mse(said[1], truth[1])}

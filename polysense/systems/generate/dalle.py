@@ -21,7 +21,7 @@ from polysense.base.errors import UserError
 from polysense.base.plan import DropoutPlan
 from polysense.base.system import Batch, Feed, ImagePlan, Losses, Optim, Preset, Spec, Stage, Start, TextPlan, ViewPlan, final
 from polysense.decoders.dvae import DVAECodec, DVAEDecoder, DVAEEncoder
-from polysense.decoders.vq_codec import ConvDecoder, ConvEncoder, VectorQuantizer, VQCodec
+from polysense.decoders.vq_codec import small_codec
 from polysense.mechanisms.scorer import Scorer
 from polysense.nn.block import PreNorm
 from polysense.nn.init import ClipInit
@@ -124,10 +124,8 @@ def tiny() -> Preset:
 def tiny_vq() -> Preset:
     """tiny on the codes of a VQ-VAE, which in a few hundred steps keeps more of a picture than a relaxed code does."""
     half = (0.5, 0.5, 0.5)
-    codec = VQCodec.Config(encoder=ConvEncoder.Config(width=64, hidden=32, out=16), quantizer=VectorQuantizer.Config(
-        codes=64, width=16, decay=0.9, idle=0.05, std=0.5), decoder=ConvDecoder.Config(into=16, width=64, hidden=32))
     return tiny().but(starts=(Start(into="codec", from_="vq_vae", take="codec", preset="small"),), **{
-        "config.codec": codec, "config.mean": half, "config.std": half, "feed.image.mean": half, "feed.image.std": half})
+        "config.codec": small_codec(), "config.mean": half, "config.std": half, "feed.image.mean": half, "feed.image.std": half})
 
 
 def ranked() -> Preset:

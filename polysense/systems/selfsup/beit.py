@@ -20,7 +20,7 @@ from polysense.base.card import Card
 from polysense.base.system import Batch, Feed, ImagePlan, Losses, Optim, Preset, Spec, Stage, Start, ViewPlan, final
 from polysense.decoders.codes import CodeHead, CodeTarget
 from polysense.decoders.dvae import DVAECodec, DVAEEncoder
-from polysense.decoders.vq_codec import ConvDecoder, ConvEncoder, VectorQuantizer, VQCodec
+from polysense.decoders.vq_codec import small_codec
 from polysense.mechanisms.mask_sampler import BlockMask, FillHidden
 from polysense.nn.block import PreNorm
 from polysense.nn.head import NormLinear
@@ -99,10 +99,8 @@ LEARNS = ("encoder.*", "hide.*", "decoder.*")
 def tiny() -> Preset:
     """64 px in 8x8 patches; the codes are those of a VQ-VAE of the `small` kind on a copy of 32 px. Few steps: branches start at full scale, and
     the table of positions, which has to grow from zero, learns faster than the rest."""
-    codec = VQCodec.Config(encoder=ConvEncoder.Config(width=64, hidden=32, out=16), quantizer=VectorQuantizer.Config(
-        codes=64, width=16, decay=0.9, idle=0.05, std=0.5), decoder=ConvDecoder.Config(into=16, width=64, hidden=32))
     return preset(64, shared_bias(64, 8, 96, 4, 3, 1.0, 0.0), 25, 6,
-                  CodeTarget.Config(codec=codec, size=32, mean=MEAN, std=STD, codec_mean=HALF, codec_std=HALF),
+                  CodeTarget.Config(codec=small_codec(), size=32, mean=MEAN, std=STD, codec_mean=HALF, codec_std=HALF),
                   Start(into="target.codec", from_="vq_vae", take="codec", preset="small"), "scenes", 0.4, Stage(
                       objective=BEiT.losses, trainable=LEARNS, steps=500, batch_size=64,
                       optim=Optim(lr=1.5e-3, weight_decay=0.05, warmup=50, clip=3.0, lr_scale=(("*.relative.table", 20.0),))))

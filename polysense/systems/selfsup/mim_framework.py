@@ -5,10 +5,10 @@
 Five slots, and everything that goes by a name of its own is a choice of what stands in them:
   teacher and norm   `target`: the pixels themselves (plain, or standardised patch by patch), histograms of gradients (unit length in each cell), the
                      spectrum, codes of a frozen tokenizer (argmax: VQ-VAE, dVAE, VQ-KD), patch features of a frozen CLIP or DINO (as they are, of
-                     unit length or layer-normed), an average of the student (layers normed, averaged, normed)
+                     unit length or layer-normed), an average of the student (layers normed, averaged, normed), the student on the hidden patches
   student            `encoder`, `sampler` (uniform, cells, blocks) and `hide`: hidden patches dropped, or replaced by a token
-  head               `decoder`: a linear layer, PixelShuffle, a transformer, two of them
-  loss               `loss`: mse, l1, smooth_l1, cosine, ce, frequency, geminated
+  head               `decoder`: a linear layer, PixelShuffle, a transformer, two of them, a regressor and a decoder
+  loss               `loss`: mse, l1, smooth_l1, cosine, ce, frequency, geminated, aligned
 The teacher has no gradient; one that follows the student moves after the step.
 
 `target=hog` (and pixel, fourier, dvae, vqkd, clip, dino, ema) puts a teacher in, with the head and the loss that it needs, and leaves student, data
@@ -32,15 +32,16 @@ from polysense.decoders.features import FeatureTarget
 from polysense.decoders.geminate import Geminated
 from polysense.decoders.hog import HOGTarget
 from polysense.decoders.pixels import GridPixels, PixelTarget
+from polysense.decoders.regressor import LatentRegressor
 from polysense.decoders.shuffle import ShuffleHead
 from polysense.decoders.spectra import SpectrumHead, SpectrumTarget
-from polysense.decoders.vq_codec import ConvDecoder, ConvEncoder, VectorQuantizer, VQCodec
+from polysense.decoders.vq_codec import small_codec
 from polysense.decoders.vqkd import UnitCodec
 from polysense.mechanisms.followed import FollowedTarget
 from polysense.mechanisms.mask_sampler import BlockMask, DropHidden, FillHidden
 from polysense.mechanisms.teacher import Teacher
 from polysense.nn.masking import Masking
-from polysense.objectives.codes import masked_ce
+from polysense.objectives.codes import aligned, masked_ce
 from polysense.objectives.masked import masked_cosine, masked_mse
 from polysense.objectives.regress import masked_l1, masked_smooth_l1
 from polysense.objectives.spectrum import focal_frequency, geminated
@@ -60,7 +61,7 @@ LEARNS = ("encoder.*", "hide.*", "decoder.*")
 CODES, SPECTRA = (CodeTarget,), (SpectrumTarget,)
 LOSSES: dict[str, Callable[[Any, Any], Tensor | dict[str, Tensor]]] = {
     "mse": masked_mse, "l1": masked_l1, "smooth_l1": masked_smooth_l1, "cosine": masked_cosine, "ce": masked_ce, "frequency": focal_frequency,
-    "geminated": geminated}
+    "geminated": geminated, "aligned": aligned}
 
 
 @final
@@ -73,12 +74,13 @@ class MIMFramework(MaskedModel):
         super().__init__(c)
         if c.loss not in LOSSES:
             raise UserError(f"no loss={c.loss!r}", f"it is one of {', '.join(LOSSES)}")
-        fits = {"ce": CODES, "frequency": SPECTRA, "geminated": (Geminated,)}
-        said = self.decoder if c.loss == "geminated" else self.target
+        fits = {"ce": CODES, "frequency": SPECTRA, "geminated": (Geminated,), "aligned": (LatentRegressor,)}
+        said = self.decoder if c.loss in ("geminated", "aligned") or isinstance(self.decoder, LatentRegressor) else self.target
         kind = next((k for k, parts in fits.items() if isinstance(said, parts)), "")
         if kind != (c.loss if c.loss in fits else ""):
             raise UserError(f"loss={c.loss} does not fit {type(self.decoder).__name__} and {type(self.target).__name__}",
-                            f"it takes loss={kind}" if kind else "ce compares codes, frequency spectra, geminated what two decoders draw")
+                            f"it takes loss={kind}" if kind else
+                            "ce compares codes, frequency spectra, geminated what two decoders draw, aligned what a regressor says")
         dropped, whole = isinstance(self.hide, DropHidden), isinstance(self.decoder, (CodeHead, ShuffleHead, SpectrumHead))
         if dropped == whole:
             lack = "without" if dropped else "with other tokens than"
@@ -142,9 +144,7 @@ def fourier(preset: Preset) -> Preset:
 def dvae(preset: Preset) -> Preset:
     """64 codes of the VQ-VAE `small`, which quarters the side."""
     size, patch = side_of(preset)
-    codec = VQCodec.Config(encoder=ConvEncoder.Config(width=64, hidden=32, out=16), quantizer=VectorQuantizer.Config(
-        codes=64, width=16, decay=0.9, idle=0.05, std=0.5), decoder=ConvDecoder.Config(into=16, width=64, hidden=32))
-    target = CodeTarget.Config(codec=codec, size=size // patch * 4, mean=MEAN, std=STD, codec_mean=HALF, codec_std=HALF)
+    target = CodeTarget.Config(codec=small_codec(), size=size // patch * 4, mean=MEAN, std=STD, codec_mean=HALF, codec_std=HALF)
     return aimed(preset, target, "ce", (Start(into="target.codec", from_="vq_vae", take="codec", preset="small"),))
 
 
@@ -185,7 +185,7 @@ def ema(preset: Preset) -> Preset:
 # -- the systems that have names: their own parts, feed and plan -----------------------------------------------------------------------------
 
 METHODS = {"mae": "mse", "simmim": "l1", "maskfeat": "mse", "ge2_ae": "geminated", "beit": "ce", "mvp": "cosine", "eva": "cosine",
-           "data2vec_vision": "smooth_l1"}
+           "data2vec_vision": "smooth_l1", "cae": "aligned"}
 
 
 def method(preset: Preset, name: str) -> Preset:
