@@ -32,6 +32,10 @@ def fake_batch(preset: Preset, keys: tuple[str, ...], n: int = 4, seed: int = 0)
             if getattr(feed.text, "new", ()):            # every text has the new words
                 text[:, 1] = feed.text.vocab
             made[key] = text
+        elif key == "word":
+            made[key] = torch.cat([torch.full((n, 1), -1), torch.arange(6).expand(n, -1), torch.full((n, 1), -1)], 1)
+        elif key == "has":
+            made[key] = torch.arange(n) % 3
         elif key == "names":
             count = getattr(getattr(preset.config, "text", None), "classes", CLASSES)
             names = torch.randint(5, 60, (1, count, 6), generator=g)

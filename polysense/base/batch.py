@@ -27,6 +27,8 @@ VOCABULARY: dict[str, Key] = {
     "segment": Key("B L", "int", "which of two sentences a token of `text` belongs to: 0 or 1; 0 on padding"),
     "follows": Key("B", "int", "1 where the second sentence of `text` goes on from the first, 0 where it is from elsewhere"),
     "text_mask": Key("B L", "bool", "True where `text` holds a real token, False on padding"),
+    "word": Key("B L", "int", "which word, counted from 0, a token of `text` is a piece of; -1 on special tokens and padding"),
+    "has": Key("B", "int", "what the sample has: 0 a picture and its text, 1 a picture alone, 2 a text alone; the other key holds a filler"),
     "label": Key("B", "int", "class number"),
     "names": Key("B C L", "int", "token ids of what each of the C classes is called, the same for every sample"),
     "tags": Key("B C", "float", "multi-label targets, 0 or 1"),

@@ -64,6 +64,12 @@ class Mixed(Telling):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Roles(Telling):
+    """Joined data of pictures, of texts and of pictures with texts, each part as what it is (`has`): what models that learn from all three at once
+    read. What a sample lacks is filled with nothing that is looked at. With `Mixed` behind it, every batch holds the parts by their shares."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ToldFeed(Feed):
     """A feed whose samples are told about first."""
     told: tuple[Telling, ...] = ()

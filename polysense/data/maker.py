@@ -38,8 +38,8 @@ TALK = {"chat", "chat_reply", "brief", "brief_reply"}   # conversations: made of
 EPISODE = {"episode", "images"}                         # several samples in one: as an EpisodePlan says
 MADE_OF = {"segment": "text", "follows": "text",
            "crops": "views", "chat": "question", "chat_reply": "question", "brief": "text", "brief_reply": "text", "episode": "text",
-           "images": "image", "retold": "text", "names": "label"}
-TEXTS = {*PAIR, "text", "text_mask", "retold", "names", "question", "answer", "episode"} | TALK                    # what takes a tokenizer
+           "images": "image", "retold": "text", "word": "text", "names": "label"}
+TEXTS = {*PAIR, "text", "text_mask", "retold", "word", "names", "question", "answer", "episode"} | TALK                    # what takes a tokenizer
 RECENT = 64                                             # batches whose ids are kept for `names`
 
 
@@ -60,7 +60,7 @@ class Made:
 def makeable(feed: Feed, train: bool) -> set[str]:
     """The batch keys that a feed says how to make."""
     picture = (feed.image or (feed.train_image if train else None)) is not None
-    texts = {"text", "text_mask", "retold", "names", "question", "answer"} | (TALK if isinstance(feed.text, ChatPlan) else set())
+    texts = {"text", "text_mask", "retold", "word", "names", "question", "answer"} | (TALK if isinstance(feed.text, ChatPlan) else set())
     geometry, moving = {"image", "boxes", "box_label", "polygon", "keypoints", "mask", "depth", "hint", "edited"}, {"video", "video_mask"}
     return ({k for k in VOCABULARY if k not in PAIR | TALK | EPISODE | texts | geometry | moving | {"views", "crops"}}
             | (geometry if picture else set())
@@ -306,7 +306,7 @@ class Maker:
 
     def check(self, about: Sample) -> None:
         """Raises BadSample where the sample lacks the captions, label or question that the batch needs."""
-        captioned = {"text", "text_mask", "retold", "brief", "brief_reply", "episode"}
+        captioned = {"text", "text_mask", "retold", "word", "brief", "brief_reply", "episode"}
         if captioned & set(self.keys) and not any(c.strip() for c in about.get("captions") or ()):
             raise BadSample(about["id"], "has no caption")
         if "label" in self.keys and about.get("label") is None:
@@ -397,7 +397,7 @@ class Maker:
         if self.sentences is not None:
             rngs = [np.random.default_rng([self.seed, step, 5, self.rank * local + k]) for k in range(len(abouts))]
             batch |= self.sentences(batch["index"].tolist(), abouts, rngs)
-        elif {"text", "text_mask", "retold"} & set(self.keys):
+        elif {"text", "text_mask", "retold", "word"} & set(self.keys):
             said = [pick([c for c in a["captions"] if c.strip()], u) for a, u in zip(abouts, chance)]
             if isinstance(self.feed.text, MirrorPlan) and self.view and self.train:
                 mirror = views.flips(self.view, self._part(step, 0, len(said)).u).tolist()
@@ -410,6 +410,8 @@ class Maker:
             if "retold" in self.keys:
                 draws = [np.random.default_rng([self.seed, step, 4, self.rank * local + i]) for i in range(len(said))]
                 batch["retold"] = self.tokenizer([eda(t, rng) for t, rng in zip(said, draws)])
+        if "word" in self.keys:
+            batch["word"] = self.tokenizer.words(batch["text"])
         if "names" in self.keys:
             batch["names"] = self.names.expand(len(abouts), -1, -1)
         if "question" in self.keys or "answer" in self.keys:
@@ -425,6 +427,8 @@ class Maker:
     def _rest(self, batch: Batch, abouts: list[Sample], arrays: list[dict[str, np.ndarray]]) -> None:
         if "label" in self.keys:
             batch["label"] = torch.tensor([int(a["label"]) for a in abouts], dtype=torch.int64)
+        if "has" in self.keys:
+            batch["has"] = torch.tensor([a["has"] for a in abouts], dtype=torch.int64)
         if "tags" in self.keys:
             batch["tags"] = torch.zeros(len(abouts), len(self.source.tag_names))
             rows = [r for r, a in enumerate(abouts) for _ in a["tags"]]

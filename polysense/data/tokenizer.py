@@ -11,6 +11,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,24 @@ class Tokenizer:
         """A row with the ids of new words in their place, cut to the plan's length; the end stays."""
         row = [i for r in row for i in self.new.get(r, [r])]
         return row if len(row) <= self.plan.length else [*row[:self.plan.length - 1], row[-1]]
+
+    def words(self, ids: Tensor) -> Tensor:
+        """ids [B,L] of `tokenizer(texts)` -> which word of its text, counted from 0, each is a piece of; -1 on start, end and padding.
+
+        A token begins a word unless WordPiece marks it as the rest of one; after a BPE token that does not end a word, the next is the rest.
+        """
+        if self.plan.kind not in ("bpe", "wordpiece"):
+            raise UserError(f"tokens of kind {self.plan.kind!r} do not say where words begin", "choose bpe or wordpiece")
+        special = torch.isin(ids, torch.tensor(sorted({self.start, self.end, self.pad})))
+        marked = self._marked[ids] & ~special
+        rest = marked if self.plan.kind == "wordpiece" else torch.cat([marked.new_zeros(len(ids), 1), marked[:, :-1]], 1)
+        return ((~rest & ~special).long().cumsum(1) - 1).masked_fill(special, -1)
+
+    @cached_property
+    def _marked(self) -> Tensor:
+        """bool [V]: WordPiece's rests of words; BPE's tokens that do not end one."""
+        rest = (lambda t: t.startswith("##")) if self.plan.kind == "wordpiece" else (lambda t: not t.endswith("</w>"))
+        return torch.tensor([rest(self.token(i)) for i in range(max(self.vocab, 1 + max(self.engine.get_vocab().values())))])
 
     def spans(self, text: str) -> list[tuple[int, int]]:
         """For each token of `tokenizer(text)[0]`, the (start, stop) characters of `text` it stands for; (0, 0) for start and end."""

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from polysense.base.errors import UserError
 from polysense.base.plan import Feed
-from polysense.base.telling import Cleaned, Entities, Glosses, Mixed, Rewrites, Telling, ToldFeed, Triplets
+from polysense.base.telling import Cleaned, Entities, Glosses, Mixed, Rewrites, Roles, Telling, ToldFeed, Triplets
 from polysense.data import data_root
 from polysense.data.entities import Entity, EntityBase, Linked, Score, labels_of, links_of, worst
 from polysense.data.knowledge import Knowledge, informed
@@ -18,6 +18,7 @@ from polysense.data.retold import triplets
 from polysense.data.rewrites import brings_rewrites, rewritten
 from polysense.data.scenes.glossary import GLOSSES
 from polysense.data.scenes.palette import COLOURS, SHAPES
+from polysense.data.roles import Cast
 from polysense.data.sources import Source
 from polysense.data.weblike import Fits, Mixture, cleaned
 
@@ -76,6 +77,8 @@ def _told(source: Any, telling: Telling, path: str, judge: Judge | None) -> Any:
                 raise UserError("copies and misfits are looked for in all of the data, which a stream does not show",
                                 "index the tars: leave ?stream=1 out")
             return cleaned(source, telling if judge else telling.but(fit=None), None if judge is None else fits_of(judge))
+        case Roles():
+            return Cast(source)
         case Mixed(shares=shares):
             return Mixture(source, shares)
     raise UserError(f"nobody carries out {type(telling).__name__}", "was the preset written by another version of polysense?")

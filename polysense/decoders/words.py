@@ -32,3 +32,37 @@ class WordHead(Part):
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """x [...,D], embedding [V,D] -> logits [...,V]."""
         return F.linear(self.norm(self.act(self.pre(x))), embedding, self.bias)
+
+
+class OwnWordHead(WordHead):
+    """The same with words of its own, `table` [V,D], which the embeddings do not share (VLMo, released code)."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(WordHead.Config):
+        pass
+
+    def __init__(self, c: Config):
+        super().__init__(c)
+        self.table = nn.Parameter(torch.randn(c.vocab, c.width) * 0.02)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return super().forward(x, self.table)
+
+
+class PlainWordHead(Part):
+    """W x + b, not shared with the embeddings (BEiT-3, released code)."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Spec):
+        width: int = 0
+        vocab: int = 0
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.out = nn.Linear(c.width, c.vocab)
+        nn.init.trunc_normal_(self.out.weight, std=0.02)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """As WordHead's."""
+        return self.out(x)

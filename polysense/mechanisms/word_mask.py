@@ -40,6 +40,35 @@ class WordMask(Part):
         return which, how, torch.randint(self.vocab, text.shape, device=text.device)
 
 
+class PureWordMask(WordMask):
+    """Every chosen word becomes the mask token: none of them is read (Bao et al. 2022, VL-BEiT; Wang et al. 2023, BEiT-3: half of the words of a
+    pair)."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(WordMask.Config):
+        pass
+
+    def draw(self, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.rand(text.shape, device=text.device), torch.zeros(text.shape, device=text.device), text
+
+
+class WholeWordMask(WordMask):
+    """All pieces of a chosen word are guessed; what becomes of each is drawn as before (BERT's later release; Bao et al. 2022, VLMo)."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(WordMask.Config):
+        pass
+
+    def forward(self, text: Tensor, word: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """text [B,L] ids, word [B,L]: which word each token is a piece of, -1 for none (None: each token is one) -> as WordMask's."""
+        if word is None:
+            return super().forward(text)
+        chosen = (torch.rand(text.shape, device=text.device) < self.share).gather(1, word.clamp(min=0)) & (word >= 0)
+        _, how, random = self.draw(text)
+        hidden = torch.where(chosen & (how < 0.8), self.mask, text)
+        return torch.where(chosen & (how >= 0.9), random, hidden), chosen
+
+
 class StaticWordMask(WordMask):
     """The masks of the first BERT, drawn once when the data were prepared: each text has `copies` masks for good, one of which is drawn (the
     authors' ten; with 1 a text is always masked alike). What is drawn is a hash of the text's words, of the place and of the copy's number."""

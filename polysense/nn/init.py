@@ -1,5 +1,6 @@
 """Initialisations for the slot `Transformer.Config.init`: values that build a function of the module."""
 from dataclasses import dataclass
+from math import log
 
 from torch import nn
 
@@ -96,5 +97,24 @@ class RescaledInit(Configured):
     def __call__(self, body: nn.Module) -> None:
         NormalInit(NormalInit.Config(std=self.std))(body)
         for i, block in enumerate(body.blocks):  # type: ignore[arg-type]
-            for linear in (block.attn.out, block.mlp.down):
+            for linear in block.writers() if hasattr(block, "writers") else (block.attn.out, block.mlp.down):
                 linear.weight.data.div_((2 * (i + 1)) ** 0.5)
+
+
+class SubNormInit(Configured):
+    """NormalInit, then values, outputs of attention and both linears of the MLP times sqrt(log(2 L)), for a depth of L (Wang et al. 2022,
+    Foundation Transformers, section 2.3)."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Spec):
+        std: float = 0.02
+
+    def __init__(self, c: Config):
+        self.std = c.std
+
+    def __call__(self, body: nn.Module) -> None:
+        NormalInit(NormalInit.Config(std=self.std))(body)
+        gain = log(2 * len(body.blocks)) ** 0.5  # type: ignore[arg-type]
+        for name, m in body.named_modules():
+            if isinstance(m, nn.Linear) and name.rsplit(".", 1)[-1] in ("v", "out", "up", "down"):
+                m.weight.data.mul_(gain)

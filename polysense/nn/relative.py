@@ -1,5 +1,6 @@
 """Relative position bias of image transformers: a learned number for each head and offset. Shapes: T tokens (prefix 1 + h w), N heads."""
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +67,69 @@ class RelativeBias(Part):
                 raise UserError(f"{tokens} tokens are no class token and a square of patches", "relative positions need all patches, in a square")
             index, table = offsets((side, side)).to(table.device), resized(table, self.grid, (side, side))
         return table[index].permute(2, 0, 1)[None]
+
+
+@cache
+def pair_offsets(grid: tuple[int, int], text: int, reach: int) -> Tensor:
+    """[I+L,I+L]: the row of a PairBias' table for each (query, key) of a class token, the patches of a grid, and a text of L tokens."""
+    image, across = offsets(grid), (2 * grid[0] - 1) * (2 * grid[1] - 1) + EXTRA
+    own, last = len(image), across + 2 + 2 * reach
+    out = torch.empty(own + text, own + text, dtype=torch.long)
+    out[:own, :own], out[own:, :own], out[:own, own:] = image, across, across + 1
+    place = torch.arange(text)
+    said = place - place[:, None] + reach - 2 + across + 2               # how much further on the key stands
+    if text:
+        said[0, :], said[:, 0], said[0, 0] = last - 3, last - 2, last - 1
+    out[own:, own:] = said
+    return out
+
+
+class PairBias(Part):
+    """Relative positions of pictures, of texts, and one number each for a text that looks at a picture and a picture that looks at a text (Bao et
+    al. 2022, VLMo, released code).
+
+    `table` [R, layers N], zero at birth, holds those of all layers side by side. Its rows: the picture's as in `RelativeBias`; text to picture;
+    picture to text; 2 `reach` of texts, offsets from -(reach-2) to reach-2, then first token to word, word to first token, first to itself.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Spec):
+        grid: tuple[int, int]
+        reach: int = 196                     # texts have at most so many tokens
+        heads: int = 0                       # 0: set by the owner, as layers
+        layers: int = 0
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.grid, self.reach, self.deep = c.grid, c.reach, c.layers
+        self.own = (2 * c.grid[0] - 1) * (2 * c.grid[1] - 1) + EXTRA
+        self.table = nn.Parameter(torch.zeros(self.own + 2 + 2 * c.reach, c.heads * c.layers))
+
+    def adapt(self, name: str, value: Tensor) -> Tensor:
+        """A table of another (square) grid, interpolated to this one; texts as they are."""
+        if name != "table" or value.ndim != 2:
+            return value
+        own = len(value) - 2 - 2 * self.reach
+        side = (round(max(0, own - EXTRA) ** 0.5) + 1) // 2
+        if (2 * side - 1) ** 2 != own - EXTRA:
+            return value
+        return torch.cat([resized(value[:own], (side, side), self.grid), value[own:]])
+
+    def forward(self, image: int, text: int) -> list[Tensor]:
+        """So many tokens of a picture and of a text (0: none) -> for each layer [1,N,T,T]. Pictures of another number of tokens than the grid has
+        are square, and their offsets are interpolated. UserError for a longer text."""
+        if text > self.reach:
+            raise UserError(f"a text of {text} tokens", f"relative positions reach {self.reach}")
+        grid, table = self.grid, self.table
+        if image and image != 1 + grid[0] * grid[1]:
+            side = round((image - 1) ** 0.5)
+            if side * side != image - 1:
+                raise UserError(f"{image} tokens are no class token and a square of patches", "relative positions need all patches, in a square")
+            grid, table = (side, side), torch.cat([resized(table[:self.own], grid, (side, side)), table[self.own:]])
+        index = pair_offsets(grid, text, self.reach).to(table.device)
+        start = 0 if image else len(index) - text
+        index = index[start:, start:]
+        return [b[None] for b in table[index].permute(2, 0, 1).chunk(self.deep)]
 
 
 class BiasedAttention(Attention):

@@ -1,4 +1,4 @@
-"""Norms inside the branches of a block: what lets EVA's large towers train in half precision (Wang et al. 2022, Foundation Transformers)."""
+"""Norms inside the branches of a block: what lets large towers (EVA, BEiT-3) train in half precision (Wang et al. 2022, Foundation Transformers)."""
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -8,7 +8,7 @@ from polysense.nn.attention import Attention, lowered
 from polysense.nn.block import PreNorm
 from polysense.nn.build import build
 from polysense.nn.cache import LayerCache
-from polysense.nn.mlp import GatedMLP
+from polysense.nn.mlp import MLP, GatedMLP
 from polysense.nn.norm import LayerNorm
 
 
@@ -25,6 +25,21 @@ class SubNormAttention(Attention):
 
     def joined(self, x: Tensor) -> Tensor:
         return self.norm_inner(x)
+
+
+class SubNormMLP(MLP):
+    """down(norm_inner(act(up(x)))) (BEiT-3)."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(MLP.Config):
+        norm_inner: Spec = field(default_factory=LayerNorm.Config)
+
+    def __init__(self, c: Config):
+        super().__init__(c)
+        self.norm_inner = build(c.norm_inner, width=self.down.in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.norm_inner(self.act(self.up(x))))
 
 
 class SubNormGatedMLP(GatedMLP):

@@ -26,6 +26,11 @@ def next_token(logits: Tensor, label: Tensor, smoothing: float = 0.0) -> Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), counted.flatten(), ignore_index=IGNORE, label_smoothing=smoothing)
 
 
+def hidden_words(logits: Tensor, word: Tensor) -> Tensor:
+    """-mean log p of hidden words (Devlin et al. 2019, section 3.1): logits [N,V], word int [N] -> scalar; 0 where none was hidden."""
+    return F.cross_entropy(logits.float(), word, reduction="sum") / max(1, len(word))
+
+
 def token_log_likelihood(logits: Tensor, label: Tensor) -> Tensor:
     """Sum of log p over the labels that count, for each sample: logits [B,T,V], label [B,T] -> [B]. How candidate answers are ranked.
 
