@@ -4,14 +4,20 @@ from typing import Any
 from polysense.archetypes.denoiser import Sampler
 from polysense.base.system import Feed, ImagePlan, Start, TextPlan, ViewPlan
 from polysense.decoders.kl_vae import KLVAE
+from polysense.nn.attention import Attention
+from polysense.nn.block import PreNorm
+from polysense.nn.mlp import MLP
 from polysense.nn.norm import GroupNorm
 from polysense.nn.spatial import ResBlock, SpatialTransformer
+from polysense.nn.transformer import Transformer
 from polysense.nn.unet import Level, UNet
 from polysense.towers.clip import body, tiny_pair
 from polysense.towers.clip_text import ClipText
+from polysense.towers.open_text import OpenText
 
 PARAMETERS = 859_520_964 + 83_653_863 + 123_060_480          # of version 1: U-Net, auto-encoder, CLIP's text tower
 PARAMETERS_2 = 865_910_724 + 83_653_863 + 340_387_840        # of version 2
+PARAMETERS_LDM = 872_300_484 + 83_653_863 + 542_895_360      # of the first text-to-image model: U-Net, auto-encoder, its own text tower
 WORDS, TINY_WORDS = TextPlan(vocab=49408, length=77), TextPlan(vocab=4096, length=48)
 
 
@@ -45,6 +51,15 @@ def version_2(**change: Any) -> dict[str, Any]:
     return {**version_1(), "unet": unet((320, 640, 1280, 1280), (0, 1, 2), 1024, head_width=64, join="linear"), "size": 768, "predict": "velocity",
             "text": ClipText.Config(vocab=49408, length=77, body=body(1024, 23, 16, act="gelu")), "pad": 0,
             "sampler": Sampler(name="ddim", offset=1, last="first"), **change}
+
+
+def text2im(**change: Any) -> dict[str, Any]:
+    """The same of the first one: 256 px, latents of 32x32x4, and a text tower of its own over word pieces, 32 blocks that see both ways, whose heads
+    are narrow (8 of 64 numbers at a width of 1280); it learns with the U-Net."""
+    block = PreNorm.Config(attn=Attention.Config(bias="out", head_width=64), mlp=MLP.Config(hidden=5120))
+    return {**version_1(), "unet": unet((320, 640, 1280, 1280), (0, 1, 2), 1280), "size": 256, "pad": 0,
+            "sampler": Sampler(name="ddim", offset=1, last="first"), "text": OpenText.Config(
+                vocab=30_522, length=77, body=Transformer.Config(width=1280, depth=32, heads=8, block=block)), **change}
 
 
 def pictures(size: int, words: TextPlan, flip: float = 0.0) -> Feed:

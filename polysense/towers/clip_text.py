@@ -27,6 +27,8 @@ class ClipText(Tower):
         def width(self) -> int:
             return self.body.width
 
+    causal = True                            # no token sees a later one
+
     def __init__(self, c: Config):
         super().__init__()
         self.embed = nn.Embedding(c.vocab, c.width)
@@ -49,9 +51,9 @@ class ClipText(Tower):
             x = torch.where((text >= vocab)[..., None], new[(text - vocab).clamp(min=0)].to(x.dtype), x)
         x = x + self.position[:, :text.shape[1]]
         if short:
-            x = self.body(x, causal=True, at=last)
+            x = self.body(x, causal=self.causal, at=last)
             return Encoded(tokens=x, pooled=x[:, 0])
-        x = self.body(x, causal=True)
+        x = self.body(x, causal=self.causal)
         mask = torch.arange(text.shape[1], device=text.device) <= last[:, None]
         return Encoded(tokens=x, pooled=x[torch.arange(len(x), device=x.device), last], mask=mask)
 

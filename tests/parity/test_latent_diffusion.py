@@ -5,7 +5,7 @@ import pytest
 import torch
 from reference import reference, shake
 
-from polysense.archetypes.stable_diffusion import PARAMETERS_2
+from polysense.archetypes.stable_diffusion import PARAMETERS_2, PARAMETERS_LDM
 from polysense.archetypes.stable_diffusion import unet as unet_of
 from polysense.base.catalogue import preset_of
 from polysense.base.errors import UserError
@@ -181,6 +181,59 @@ def test_version_2_has_the_published_size():
     with torch.device("meta"):
         made = preset_of("latent_diffusion", "version2").config.build()
     assert sum(p.numel() for p in (*made.unet.parameters(), *made.vae.parameters(), *made.text.parameters())) == PARAMETERS_2
+
+
+@torch.no_grad()
+def test_the_first_text_to_image_model_in_three_steps_and_out(tmp_path):
+    """diffusers' own LDMTextToImagePipeline, from words to pixels: word pieces, a tower that sees both ways and reads padding, guidance."""
+    diffusers, hf = reference("diffusers"), reference("transformers")
+    from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
+    torch.manual_seed(0)
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "ball", "blue", "sea"]))
+    unet = shake(diffusers.UNet2DConditionModel(
+        sample_size=4, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=24, attention_head_dim=8, in_channels=4, out_channels=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D")))
+    vae = shake(diffusers.AutoencoderKL(
+        block_out_channels=(32,) * 4, layers_per_block=1, latent_channels=4, sample_size=32, down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4))
+    bert = shake(LDMBertModel(LDMBertConfig(vocab_size=10, encoder_layers=2, encoder_ffn_dim=48, encoder_attention_heads=2, head_dim=8, d_model=24)))
+    scheduler = diffusers.DDIMScheduler(beta_start=8.5e-4, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
+                                        steps_offset=1)
+    pipe = diffusers.LDMTextToImagePipeline(vqvae=vae, bert=bert, tokenizer=hf.BertTokenizer(str(tmp_path / "vocab.txt")), unet=unet,
+                                            scheduler=scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(tmp_path / "ldm")
+    ours, preset = import_(tmp_path / "ldm", recipe.weights["text2im"], presets)
+    ours.sampler = ours.sampler.but(name="ddim")
+    assert preset.config.size == 32 and preset.config.pad == 0 and preset.config.text.body.block.attn.head_width == 8
+    said, noise = ["a red ball", "blue sea"], torch.randn(2, 4, 4, 4)
+    ids = torch.tensor([[2, 5, 6, 7, 3], [2, 8, 9, 3, 0]])
+    want = pipe(said, num_inference_steps=3, guidance_scale=3.0, latents=noise, output_type="pt").images
+    seen = []
+    ours.vae.post_quant.register_forward_hook(lambda m, args, out: seen.append(args[0] * ours.scale))
+    got = ours.generate_image(ids, steps=3, guidance=torch.tensor(3.0), noise=noise)
+    torch.testing.assert_close((got / 2 + 0.5).clamp(0, 1), want, rtol=0, atol=1e-4)
+    assert float(((got > -1) & (got < 1)).float().mean()) > 0.5              # the clamp hides little
+    torch.testing.assert_close(ours.context(ids), bert(ours.whole(ids))[0], rtol=1e-4, atol=1e-4)
+    moved = ids.clone()
+    moved[:, 3] = 5
+    assert float((ours.context(moved) - ours.context(ids))[:, 0].abs().max()) > 1e-3     # the first token sees later ones
+    assert ours.text.last(ids).tolist() == [4, 3]
+
+    export(ours.state_dict(), preset.config, recipe.weights["text2im"], tmp_path / "back", preset.feed)
+    back = LDMBertModel.from_pretrained(tmp_path / "back" / "bert").eval()
+    torch.testing.assert_close(back(ours.whole(ids))[0], bert(ours.whole(ids))[0], rtol=0, atol=0)
+    again = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "back" / "unet").eval()
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), unet.state_dict().values(), strict=True))
+    assert import_(tmp_path / "back", recipe.weights["text2im"], presets)[1].config == preset.config
+
+
+def test_the_first_text_to_image_model_has_the_published_size():
+    """1.45 billion with the head of words that its text tower was defined with and never uses."""
+    with torch.device("meta"):
+        made = preset_of("latent_diffusion", "text2im").config.build()
+    assert sum(p.numel() for p in (*made.unet.parameters(), *made.vae.parameters(), *made.text.parameters())) == PARAMETERS_LDM
+    assert round((PARAMETERS_LDM - 83_653_863 + 30_522 * 1281) / 1e7) == 145
 
 
 @pytest.mark.parametrize("harm, said", [

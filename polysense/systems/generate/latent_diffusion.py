@@ -21,15 +21,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from polysense.archetypes import stable_diffusion as versions
 from polysense.archetypes.latent_diffusion import LatentDiffusion
 from polysense.archetypes.stable_diffusion import PARAMETERS, TINY_WORDS, WORDS, pictures, tiny_base, version_1, version_2
 from polysense.base.card import Card
 from polysense.base.errors import UserError
-from polysense.base.system import After, Batch, Losses, Optim, Preset, Spec, Stage, Start, final
+from polysense.base.system import After, Batch, Losses, Optim, Preset, Spec, Stage, Start, TextPlan, final
 from polysense.decoders.kl_vae import kl_to_normal
 from polysense.decoders.patch_critic import PatchCritic, balance, hinge
 from polysense.decoders.perceptual import Perceptual
 from polysense.weights import latent_diffusion as layouts
+from polysense.weights import ldm_text2im
 from polysense.weights.lpips import load_perceptual
 
 __all__ = ["PARAMETERS", "StableDiffusion"]
@@ -42,7 +44,7 @@ card = Card(
 
 APART = {"absolute": torch.abs, "squares": torch.square}
 
-weights = {"diffusers": layouts.DIFFUSERS, "original": layouts.ORIGINAL}
+weights = {"diffusers": layouts.DIFFUSERS, "original": layouts.ORIGINAL, "text2im": ldm_text2im.LAYOUT}
 
 
 @final
@@ -135,6 +137,15 @@ def version2() -> Preset:
     base = paper()
     return base.but(data="laion_5b", config=StableDiffusion.Config(**version_2()), starts=(), feed=pictures(768, WORDS.but(pad="zero"), flip=0.5),
                     stages=(base.stages[0].but(steps=290_000),))
+
+
+def text2im() -> Preset:
+    """The paper's own text-to-image model (LDM-KL-8): 256 px on LAION-400M, 390,000 steps of batch 680 (table 15); U-Net and text tower learn
+    together."""
+    base = paper()
+    return base.but(data="laion400m", config=StableDiffusion.Config(**versions.text2im()), starts=(), stages=(
+        base.stages[0].but(trainable=("unet.*", "text.*"), steps=390_000, batch_size=680),),
+        feed=pictures(256, TextPlan(kind="wordpiece", vocab=30_522, length=77, pad="zero"), flip=0.5))
 
 
 def autoencoder() -> Preset:
