@@ -145,6 +145,14 @@ class VideoPlan(Spec):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClipPlan(VideoPlan):
+    """Clips for training without labels: several of every video that is decoded, each at a time, a crop and perhaps mirrored as drawn for it alone
+    (Feichtenhofer et al. 2022, MAE-ST, section 3: repeated sampling)."""
+    repeat: int = 1                                     # clips of a video, side by side in a batch; an epoch then shows every video so often
+    view: ViewPlan | None = None                        # crop and mirror in training, one for all frames; no colours. None: as outside
+
+
+@dataclass(frozen=True, kw_only=True)
 class AudioPlan(Spec):
     """How a sound is read: mono, resampled to `rate`. Spectrograms belong to the towers: they are computed from these samples."""
     rate: int = 16000                                   # samples a second

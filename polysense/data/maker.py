@@ -20,7 +20,20 @@ from torch import Tensor
 
 from polysense.base.batch import VOCABULARY, Batch
 from polysense.base.errors import UserError
-from polysense.base.plan import ChatPlan, CropFeed, DropoutPlan, EpisodePlan, Feed, ImagePlan, MirrorPlan, PackPlan, PairPlan, VideoPlan, ViewPlan
+from polysense.base.plan import (
+    ChatPlan,
+    ClipPlan,
+    CropFeed,
+    DropoutPlan,
+    EpisodePlan,
+    Feed,
+    ImagePlan,
+    MirrorPlan,
+    PackPlan,
+    PairPlan,
+    VideoPlan,
+    ViewPlan,
+)
 from polysense.data import clips, images, views
 from polysense.data.bpe_dropout import Splitter
 from polysense.data.chat import Chat, episodes
@@ -40,6 +53,7 @@ MADE_OF = {"segment": "text", "follows": "text",
            "crops": "views", "chat": "question", "chat_reply": "question", "brief": "text", "brief_reply": "text", "episode": "text",
            "images": "image", "retold": "text", "word": "text", "names": "label"}
 TEXTS = {*PAIR, "text", "text_mask", "retold", "word", "names", "question", "answer", "episode"} | TALK                    # what takes a tokenizer
+FILM = 1000                                             # the number of the view that clips are, apart from those of pictures
 RECENT = 64                                             # batches whose ids are kept for `names`
 
 
@@ -112,6 +126,8 @@ class Maker:
         self.exact = feed.image if feed.image and not (train and feed.train_image) else None
         self.view = feed.train_image if train else None
         self.clip = feed.video or VideoPlan()
+        alive = train and isinstance(self.clip, ClipPlan) and bool({"video", "video_mask"} & set(keys))
+        self.film, self.repeat = (self.clip.view, self.clip.repeat) if alive and isinstance(self.clip, ClipPlan) else (None, 1)
         self.samples = clips.samples_of(feed.audio, train)
         self.plans = [p for p, key in ([(self.view, "image")] if self.view else []) + [(v, "views") for v in feed.views] + [
             (v, "crops") for v in crops_of(feed)] if key in keys]
@@ -204,7 +220,8 @@ class Maker:
         return about, out
 
     def _frame_plan(self) -> ImagePlan:
-        return self.clip.image or self._plan()
+        plan = self.clip.image or self._plan()
+        return plan.but(size=views.working_side([self.film])) if self.film else plan
 
     def _plan(self) -> ImagePlan:
         if self.feed.image:
@@ -250,13 +267,15 @@ class Maker:
         first = step * self.batch_size + self.rank * local
         if not self.train:
             return np.arange(first, min(first + local, n))
-        n, place = len(self.order(0)), np.arange(first, first + local)
+        n, place = len(self.order(0)), np.arange(first, first + local) // self.repeat
         return np.asarray([self.order(int(p) // n)[int(p) % n] for p in place])
 
     def make(self, step: int) -> Made:
         """Batch number `step`, this rank's slice. In training an unreadable sample is replaced by the next good one of the source, else left out."""
         rows, skipped = self.rows(step), []
-        got = self._read(rows.tolist(), skipped)
+        once = list(dict.fromkeys(rows.tolist()))                                     # several clips of a video are cut from one reading
+        read = dict(zip(once, self._read(once, skipped)))
+        got = [read[i] for i in rows.tolist()]
         bad = sum(g is None for g in got)
         if self.train:
             for k, item in enumerate(got):
@@ -450,7 +469,8 @@ class Maker:
         if "video" in self.reads:
             moves = self.train and self.clip.sample == "stride"
             films = [a["video"][clips.picked(len(a["video"]), self.clip, u)] if moves else a["video"] for a, u in zip(arrays, at)]
-            flat = images.normalised(torch.from_numpy(np.concatenate(films)), self._frame_plan())
+            flat = views.moving(self.film, self._part(step, FILM, len(films)), films) if self.film else torch.from_numpy(np.concatenate(films))
+            flat = images.normalised(flat, self._frame_plan())
             batch["video"] = _padded(list(flat.split([len(f) for f in films])), 0.0)
             batch["video_mask"] = torch.arange(batch["video"].shape[1]) < torch.tensor([[len(f)] for f in films])
 

@@ -142,6 +142,14 @@ def cut(canvas: Tensor, boxes: Tensor, sizes: Tensor, size: int, mirror: Tensor)
     return torch.bmm(rows.permute(0, 3, 1, 2).reshape(b, k * size, c), across.transpose(1, 2)).view(b, k, size, size)
 
 
+def moving(plan: ViewPlan, drawn: Draw, films: Sequence[np.ndarray]) -> Tensor:
+    """One random crop and mirror for all frames of a film: films [T,h,w,3] uint8 each -> the frames of all of them [N,3,S,S] in [0,1]."""
+    canvas, sizes = lay([frame for film in films for frame in film], max(max(film.shape[1:3]) for film in films))
+    many = torch.tensor([len(film) for film in films])
+    boxes = crops(plan, drawn.u, sizes[many.cumsum(0) - many]).repeat_interleave(many, 0)
+    return cut(canvas, boxes, sizes, plan.size, flips(plan, drawn.u).repeat_interleave(many)).clamp_(0, 1)
+
+
 def colours(plan: ViewPlan, drawn: Draw, image: Tensor) -> Tensor:
     """Jitter, grey, blur, solarize and lighting, each on the pictures that the draw chose. image [B,3,S,S] in [0,1] -> the same."""
     u = drawn.u[:, 2 * TRIES + 3:]

@@ -9,7 +9,7 @@ from polysense.base.errors import UserError
 from polysense.base.spec import Spec
 from polysense.base.system import Part
 from polysense.nn.masking import Masking, take
-from polysense.nn.position import sincos_2d, sincos_pairs
+from polysense.nn.position import SeparablePositions, sincos_2d, sincos_pairs
 from polysense.nn.transformer import Transformer
 
 
@@ -69,3 +69,28 @@ class MAEDecoder(Part):
         """The same for every patch, [B,N,out] in the order of the grid; no objective trains the visible ones."""
         said = self.head(self.body(self.tokens(seen, masking)))[:, self.prefix:]
         return take(said, masking.restore)
+
+
+class SeparableDecoder(MAEDecoder):
+    """The same for clips with learned positions of space and of time, and a class token of its own: the encoder's is not read (Feichtenhofer et al.
+    2022, MAE-ST, section 3 and released code)."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(MAEDecoder.Config):
+        pass
+
+    def __init__(self, c: Config):
+        if c.grid is None or len(c.grid) != 3:
+            raise UserError(f"a decoder of clips over a grid {c.grid}", "say (t, h, w)")
+        super().__init__(c)
+        del self.position
+        self.cls = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, c.prefix, c.body.width), std=0.02, a=-0.04, b=0.04))
+        self.place = SeparablePositions.Config(width=c.body.width, grid=c.grid, prefix=c.prefix).build()
+
+    def tokens(self, seen: Tensor, masking: Masking) -> Tensor:
+        place = self.place()
+        if masking.mask.shape[1] != place.shape[1]:
+            raise UserError(f"a mask over {masking.mask.shape[1]} cubes", f"this decoder fills in a grid of {place.shape[1]}")
+        place, x = place.expand(len(seen), -1, -1), self.embed(seen[:, self.prefix:])
+        first = (self.cls + self.place.first).expand(len(seen), -1, -1)
+        return torch.cat([first.to(x.dtype), x + take(place, masking.keep), (self.token + take(place, masking.hidden)).to(x.dtype)], 1)

@@ -104,3 +104,20 @@ class GridPixels(PixelTarget):
     def paint(self, pixels: Tensor, masking: Masking, prediction: Tensor, grid: tuple[int, ...]) -> Tensor:
         """As PixelTarget.paint, of predictions [M,.]. UserError where samples hide different numbers of patches."""
         return super().paint(pixels, masking_of(masking.mask), prediction.unflatten(0, (len(pixels), -1)), grid)
+
+
+class FramePixels(PixelTarget):
+    """The same of some frames of a clip alone: `said` of them, evenly spread, ends included, `frames` of which belong to a cube of the encoder
+    (Feichtenhofer et al. 2022, MAE-ST, released code: 8 of 16 frames, one for every cube of two)."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(PixelTarget.Config):
+        said: int
+
+    def chosen(self, total: int) -> Tensor:
+        """Numbers of the frames, of so many; fractions are cut off."""
+        return torch.linspace(0, total - 1, self.c.said).long()  # type: ignore[attr-defined]
+
+    def patches(self, pixels: Tensor) -> Tensor:
+        """[B,T,C,H,W] -> [B,N,frames*P*P*C] of the chosen frames."""
+        return super().patches(pixels[:, self.chosen(pixels.shape[1]).to(pixels.device)])

@@ -1,9 +1,13 @@
-"""Position embeddings of images."""
+"""Position embeddings of images and clips."""
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from polysense.base.errors import UserError
+from polysense.base.spec import Spec
+from polysense.base.system import Part
 
 
 def fit_positions(position: Tensor, prefix: int, grid: tuple[int, int], trained: tuple[int, int] | None = None) -> Tensor:
@@ -47,3 +51,25 @@ def sincos_pairs(width: int, length: int) -> Tensor:
     """[length, width]: column 2i is sin, 2i + 1 cos of place / 10000^(2i/width) (Vaswani et al. 2017, section 3.5), as VideoMAE lays them out."""
     table = sincos(width, torch.arange(length)).float()
     return torch.stack(table.chunk(2, 1), 2).flatten(1)
+
+
+class SeparablePositions(Part):
+    """Learned positions of a grid (t, h, w): one for each place, repeated over time, plus one for each time, repeated over space (Feichtenhofer et
+    al. 2022, MAE-ST, section 3); `first` [1,prefix,D] is that of the tokens in front."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Spec):
+        width: int
+        grid: tuple[int, int, int]
+        prefix: int = 1
+        std: float = 0.02
+
+    def __init__(self, c: Config):
+        super().__init__()
+        shapes = (c.prefix, c.grid[1] * c.grid[2], c.grid[0])
+        self.first, self.space, self.time = (nn.Parameter(nn.init.trunc_normal_(torch.empty(1, n, c.width), std=c.std, a=-2 * c.std, b=2 * c.std))
+                                             for n in shapes)
+
+    def forward(self) -> Tensor:
+        """[1, t h w, D], time first."""
+        return (self.time[:, :, None] + self.space[:, None]).flatten(1, 2)

@@ -157,3 +157,33 @@ def test_windows_move_in_training_and_stand_still_outside():
 def test_sounds_are_resampled_to_the_plan():
     assert read_one(Feed(image=ImagePlan(size=8), audio=AudioPlan(rate=16000)))["audio"].shape == (3, 2400)
     assert read_one(Feed(image=ImagePlan(size=8)))["audio"].shape == (3, 1200), "no plan: at the source's rate, padded to the longest"
+
+
+def test_a_clip_plan_cuts_several_clips_of_every_video_it_reads_each_with_a_crop_of_its_own():
+    from polysense.base.plan import ClipPlan, ViewPlan
+    reads = []
+
+    class Counted(ListSource):
+        def load(self, i, key):
+            reads.append(i)
+            return super().load(i, key)
+
+    slope = np.linspace(0, 255, 40, dtype=np.uint8)[None, None, :, None]                  # brightness tells the column
+    films = [np.broadcast_to(slope, (12, 40, 40, 3)) // 2 + 10 * k for k in range(3)]
+    source = Counted("films", [{"id": str(k), "video": f.astype(np.uint8)} for k, f in enumerate(films)], ("video",))
+    view = ViewPlan(size=16, scale=(0.3, 0.6), flip=0.5)
+    feed = Feed(image=ImagePlan(size=16, mean=(0,) * 3, std=(1,) * 3), video=ClipPlan(frames=4, sample="stride", stride=2, repeat=4, view=view))
+    loader = iter(Loader(source, feed, None, batch_size=8, seed=0, needs=("video",), cache_bytes=0, prefetch=0, workers=0))
+    one = next(loader)
+    assert one["video"].shape == (8, 4, 3, 16, 16) and len(one["index"].unique()) == 2 and len(reads) == 2, "read once, shown four times"
+    assert [len(set(part.tolist())) for part in one["index"].split(4)] == [1, 1]
+    profile = one["video"].mean((2, 3))                                                   # [8,4,16]
+    assert (profile - profile[:, :1]).abs().max() < 1e-4, "all frames of a clip share crop and mirror"
+    turned = profile[:, 0, 0] > profile[:, 0, -1]
+    assert 0 < int(turned.sum()) < 8 and len({round(float(p), 3) for p in profile[:4, 0, 3]}) == 4, "each clip has its own"
+    again = next(iter(Loader(source, feed, None, batch_size=8, seed=0, needs=("video",), prefetch=0)))
+    assert torch.equal(again["video"], one["video"])
+    half = next(iter(Loader(source, feed, None, batch_size=8, seed=0, needs=("video",), rank=1, world=2, prefetch=0)))
+    assert torch.equal(half["video"], one["video"][4:]), "the same clips, however many ranks share them"
+    plain = next(iter(Loader(source, feed, None, batch_size=3, train=False, needs=("video",), prefetch=0)))
+    assert plain["video"].shape == (3, 4, 3, 16, 16) and plain["index"].tolist() == [0, 1, 2], "outside training every video once, whole"
