@@ -13,6 +13,8 @@ from polysense.base.system import Batch, Losses, Spec, Stage, System
 class Generator(System):
     """`generator`, `discriminator`, and the loop for `Stage.run`; a recipe says what each of the two pays (`judge`, `deceive`)."""
 
+    players = ("discriminator", "generator")
+
     @dataclass(frozen=True, kw_only=True)
     class Config(Spec):
         generator: Spec
@@ -32,10 +34,7 @@ class Generator(System):
 
     def losses(self, batch: Batch) -> Losses:
         """Both at once, for reading: training goes through `alternate`, where each player pays its own part alone."""
-        judged = self.judge(batch)
-        with still(self.discriminator):
-            drawn = self.deceive(batch)
-        return Losses(**judged, **drawn)
+        return together(self, batch)
 
 
 @contextmanager
@@ -51,21 +50,32 @@ def still(module: nn.Module) -> Iterator[None]:
             p.requires_grad_(True)
 
 
+def together(system: Any, batch: Batch) -> Losses:
+    """What both players of a system pay for a batch, the first without a gradient for the second and the other way round."""
+    judged = system.judge(batch)
+    with still(getattr(system, system.players[0])):
+        drawn = system.deceive(batch)
+    return Losses(**judged, **drawn).keeping(**drawn.keep)
+
+
 def alternate(system: Any, stage: Stage, batches: Iterator[Batch], training: Any) -> Iterator[Losses]:
     """For `Stage.run` (Goodfellow et al. 2014, algorithm 1, with one step of each player): on every batch one step of the discriminator on
     detached pictures, then one of the generator through the discriminator, whose parameters get no gradient.
 
-    Schedule, clipping, ranks, precision, checkpoints and resumption are those of `train.fit`; both players' terms are logged by name.
+    `system.players` names the two modules, the judge first; a judge that pays nothing (yet) stays as it is. Schedule, clipping, ranks, precision,
+    checkpoints and resumption are those of `train.fit`; both players' terms are logged by name.
     """
-    judge, artist = (training.optimizer_for(name, f"{name}.*") for name in ("discriminator", "generator"))
+    judge, artist = (training.optimizer_for(name, f"{name}.*") for name in system.players)
+    critic = getattr(system, system.players[0])
     for batch in batches:
         with training.autocast(True):
             judged = system.judge(batch)
-            total = judged.total([(k, v) for k, v in stage.weights if k in judged])
-        training.descend(total, judge)
-        with still(system.discriminator):
+            total = judged.total([(k, v) for k, v in stage.weights if k in judged]) if judged else None
+        if total is not None:
+            training.descend(total, judge)
+        with still(critic):
             with training.autocast(True):
                 drawn = system.deceive(batch)
                 total = drawn.total([(k, v) for k, v in stage.weights if k in drawn])
             training.descend(total, artist)
-        yield Losses(**judged, **drawn)
+        yield Losses(**judged, **drawn).keeping(**drawn.keep)

@@ -47,7 +47,7 @@ class VQVAE(ImageCodec):
         super().__init__(c)
         if c.beta_on not in ("commitment", "codebook"):
             raise UserError(f"no beta_on={c.beta_on!r}", "it is 'commitment' (the paper) or 'codebook'")
-        if c.beta_on == "codebook" and c.codec.quantizer.decay is not None:
+        if c.beta_on == "codebook" and self.codec.quantizer.decay is not None:
             raise UserError("beta_on='codebook' has no codebook term to weigh", "with decay the codebook moves by running means")
         self.prior, self.variance = c.prior.build(), c.variance
         self.factors = (1.0, c.beta) if c.beta_on == "commitment" else (c.beta, 1.0)
