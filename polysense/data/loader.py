@@ -22,7 +22,7 @@ from polysense.base.batch import Batch
 from polysense.base.errors import UserError
 from polysense.base.plan import Feed
 from polysense.data.maker import RECENT, TEXTS, Made, Maker, check_needs, makeable, recent_names
-from polysense.data.sources import BadSample
+from polysense.data.sources import BadSample, Source
 
 __all__ = ["Loader", "check_needs"]
 
@@ -53,6 +53,7 @@ class Loader:
         self.keys = check_needs(asked, source.offers, feed, source.name, train)
         if tokenizer is None and TEXTS & set(self.keys):
             raise UserError("text cannot be read without a tokenizer", "make_tokenizer(feed.text, source.captions()) trains one")
+        source = source.only(self.keys) if isinstance(source, Source) else source
         self.maker = Maker(source, feed, tokenizer, self.keys, batch_size=batch_size, seed=seed, train=train, rank=rank, world=world,
                            cache_bytes=cache_bytes)
         if workers is None:

@@ -109,6 +109,10 @@ class Source(ABC):
         i = int(i) % len(self)
         return self.about(i) | {k: self.load(i, k) for k in self.heavy(i)}
 
+    def only(self, keys: Iterable[str]) -> Source:
+        """The same samples for somebody who wants these batch keys alone: what nobody asks for need not be worked out."""
+        return self
+
     def captions(self) -> Iterator[str]:
         """All captions, no picture decoded: what a tokeniser is trained on. Unreadable samples are left out."""
         for i in range(len(self)):
@@ -172,6 +176,9 @@ class Subset(Source):
 
     def heavy(self, i: int) -> tuple[str, ...]:
         return self.base.heavy(self.rows[i])
+
+    def only(self, keys: Iterable[str]) -> Source:
+        return Subset(self.base.only(keys), self.rows, self.split) if type(self) is Subset else self
 
     def _about(self, i: int) -> Sample:
         return self.base.about(self.rows[i])

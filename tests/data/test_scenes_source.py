@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 
 from polysense.base.errors import UserError
+from polysense.base.plan import Feed, ImagePlan
+from polysense.data.loader import Loader
 from polysense.data.scenes import ScenesSource, scenes_source
 from polysense.data.scenes.options import VARIANTS
 from polysense.data.scenes.palette import COLOURS, SHAPES, heldout_pairs
+from polysense.data.sources import Subset
 
 SPECS = [f"scenes:{v}?size=32" if v else "scenes?size=32" for v in VARIANTS]
 
@@ -169,3 +172,23 @@ def test_scenes_are_sources_among_others():
     assert both[1]["image"].shape == (16, 16, 3) and both.classes[both[1]["label"]] in SHAPES
     with pytest.raises(UserError, match="size"):
         source("scenes?siz=16")
+
+
+@pytest.mark.parametrize("keys, left", [(("image", "label"), []), (("image", "text"), ["captions"]), (("image", "boxes"), ["boxes"]),
+                                        (("image", "chat"), ["captions", "boxes", "qa"])], ids=lambda x: " ".join(x))
+def test_what_nobody_asks_for_is_not_worked_out_and_the_rest_is_the_same(keys, left):
+    """A loader that wants pictures alone pays for no captions, boxes and questions; wrapped sources pass it on."""
+    whole = scenes_source("scenes?size=16&n=8")
+    part = Subset(whole, [5, 2]).only(keys)
+    one, all_of_it = part[0], whole[5]
+    assert np.array_equal(one["image"], all_of_it["image"]) and one["label"] == all_of_it["label"]
+    assert [k for k in ("captions", "boxes", "qa") if len(one.get(k, ()))] == left
+    assert all(str(one[k]) == str(all_of_it[k]) for k in left)
+
+
+def test_the_loader_asks_for_its_own_keys_only():
+    source = scenes_source("scenes?size=16&n=8")
+    asked = []
+    source.only = lambda keys: asked.append(set(keys)) or ScenesSource.only(source, keys)
+    batch = next(iter(Loader(source, Feed(image=ImagePlan(size=16)), None, batch_size=4, train=False, needs=("image", "label"))))
+    assert asked == [{"image", "label"}] and batch["label"].tolist() == source.labels()[:4]

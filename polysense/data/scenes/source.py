@@ -1,5 +1,6 @@
 """The source `scenes`: sample i is a function of (spec, split, i) alone. No files, no state; cheap to pickle into worker processes."""
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from polysense.data.scenes.world import SPLITS, Scene, World
 from polysense.data.sources import Sample, Source, offered
 
 _SCENE, _WORDS, _QUESTIONS, _CHANGE, _NOISE = range(5)            # independent streams of one sample
+_PIXELS = frozenset(("index", "image", "views", "crops", "label", "mask", "depth", "hint"))          # batch keys that no word or box is needed for
+_PLACES, _SAID = frozenset(("boxes", "box_label", "keypoints")), frozenset(("text", "text_mask"))
 _KEPT = 16                                                        # scenes and pictures: one sample is asked for key by key, drawn once
 
 
@@ -41,6 +44,16 @@ class ScenesSource(Source):
             "single": o.shapes, "combos": tuple(f"{c} {s}" for c in o.colours for s in o.shapes), "digits": DIGITS,
             "clips": motion.ACTIONS, "sounds": o.shapes}.get(o.variant, THINGS)
         self._recent: dict[tuple[str, int], Any] = {}
+        self._parts = frozenset(("captions", "boxes", "qa"))          # what is worked out of what can be known of a sample
+
+    def only(self, keys: Iterable[str]) -> "ScenesSource":
+        """Pictures alone cost about half of pictures with boxes, captions and questions."""
+        wanted = set(keys)
+        if self.options.variant in ("edits", "programs") or not wanted <= _PIXELS | _PLACES | _SAID:
+            return self
+        out = copy(self)
+        out._recent, out._parts = {}, frozenset(p for p, k in (("captions", _SAID), ("boxes", _PLACES)) if wanted & k)
+        return out
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_recent": {}}
@@ -113,15 +126,15 @@ class ScenesSource(Source):
         return self.classes.index(f"{main.colour} {main.shape}" if self.options.variant == "combos" else main.shape)
 
     def _about(self, i: int) -> Sample:
-        out: Sample = {"captions": self._said(i), "label": self._label(i)}
-        if "boxes" in self.offers:
+        out: Sample = {"captions": self._said(i) if "captions" in self._parts else [], "label": self._label(i)}
+        if "boxes" in self.offers and "boxes" in self._parts:
             picture = self.picture(i)
             out["boxes"] = boxes_of(self._masks(i))
             out["keypoints"] = keypoints_of(picture)
             out["box_label"] = np.array([THINGS.index(t.shape) for t in picture.scene.things], np.int64)
         if self.options.variant == "programs":
             out["qa"] = program.both_ways(self.scene(i))
-        elif "question" in self.offers:
+        elif "question" in self.offers and "qa" in self._parts:
             out["qa"] = ask.questions(self.scene(i), self.world, self.stream(i, _QUESTIONS))
         if self.options.variant == "edits":
             out["instruction"] = out["captions"][0]
