@@ -9,6 +9,7 @@ from polysense.base.batch import Batch
 from polysense.base.system import Preset, System
 from polysense.data import source
 from polysense.data.sources import Source, Subset
+from polysense.nn.masking import Masking, take
 from polysense.pipeline import Pipeline
 from polysense.proofs.arms import Arm, exam, read_all, some_of, train_arm
 from polysense.proofs.small import pair, plain_clip
@@ -96,6 +97,16 @@ def guessed(arm: Arm, image: Tensor, average: Tensor, alike: Callable[[Tensor, T
                             ("the nearest visible patch", nearest(system.target.whole(some), masking.mask)[masking.mask])):
             sums[name] = sums.get(name, 0.0) + alike(guess, truth) * len(some) / len(image)
     return sums
+
+
+def cube_guesses(cubes: Tensor, masking: Masking, grid: tuple[int, int, int], haste: float = 1.0) -> dict[str, Tensor]:
+    """Every hidden cube [B,N,.] of a grid (t, h, w) in the mean colour of the visible ones, and as the nearest visible one, in units of cubes; a
+    step in time counts `haste`: near 0, the same place at another time comes first."""
+    seen, (_, h, w) = masking.at_visible(cubes), grid
+    colour = seen.unflatten(-1, (-1, 3)).mean((1, 2))[:, None].repeat(1, masking.hidden.shape[1], cubes.shape[-1] // 3)
+    place = torch.stack([masking.order // (h * w) * haste, masking.order // w % h, masking.order % w], -1).float()
+    near = torch.cdist(place[:, masking.visible:], place[:, :masking.visible]).argmin(2)
+    return {"mean of the visible cubes": colour, "nearest visible cube": take(cubes, masking.keep.gather(1, near))}
 
 
 def probed(subject: Any, train: Source, count: int = 1000) -> float:

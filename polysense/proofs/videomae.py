@@ -10,7 +10,6 @@ fine-tuning for motion with 200 labels gains nothing at this size.
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from polysense.base.system import Preset, Spec, System
 from polysense.data import source
@@ -18,9 +17,9 @@ from polysense.data.loader import Loader
 from polysense.data.sources import Source
 from polysense.mechanisms.mask_sampler import RandomMask, TubeMask
 from polysense.nn.head import Nothing
-from polysense.nn.masking import Masking, take
 from polysense.proofs.arms import Arm, some_of, train_arm
 from polysense.proofs.harness import Outcome
+from polysense.proofs.hidden import cube_guesses
 from polysense.systems.selfsup import videomae
 
 METRIC, HIGHER_IS_BETTER = "mean squared error of hidden 2x8x8 cubes of unseen clips of 16x32x32 (normalised pixels), tubes of 75 %, 220 steps", False
@@ -33,15 +32,6 @@ def small(sampler: Spec) -> Preset:
     return base.but(config=base.config.but(sampler=sampler)).but(**{"config.target.norm": "none", "stages.0.steps": 220, "stages.0.batch_size": 24})
 
 
-def guesses(cubes: Tensor, masking: Masking, grid: tuple[int, int, int]) -> dict[str, Tensor]:
-    """Every hidden cube in the mean colour of the visible ones, and as the nearest visible one (in units of cubes)."""
-    seen, (_, h, w) = masking.at_visible(cubes), grid
-    colour = seen.unflatten(-1, (-1, 3)).mean((1, 2))[:, None].repeat(1, masking.hidden.shape[1], cubes.shape[-1] // 3)
-    place = torch.stack([masking.order // (h * w), masking.order // w % h, masking.order % w], -1).float()
-    near = torch.cdist(place[:, masking.visible:], place[:, :masking.visible]).argmin(2)
-    return {"mean of the visible cubes": colour, "nearest visible cube": take(cubes, masking.keep.gather(1, near))}
-
-
 def errors(arm: Arm, clips: Source) -> dict[str, float]:
     system, sums, batches = arm.subject.system, dict[str, float](), 0
     torch.manual_seed(1234)
@@ -49,7 +39,7 @@ def errors(arm: Arm, clips: Source) -> dict[str, float]:
         for batch in Loader(clips, arm.subject.preset.feed, None, batch_size=50, train=False, needs=("video",)):
             masking, cubes = system.masking(batch["video"]), system.target.patches(batch["video"])
             drawn, truth = system.pairs(batch["video"], masking)
-            for name, guess in {"VideoMAE": drawn, **guesses(cubes, masking, system.encoder.grid)}.items():
+            for name, guess in {"VideoMAE": drawn, **cube_guesses(cubes, masking, system.encoder.grid)}.items():
                 sums[name] = sums.get(name, 0.0) + float((guess - truth).square().mean())
             batches += 1
     return {name: value / batches for name, value in sums.items()}
