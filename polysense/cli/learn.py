@@ -232,13 +232,17 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder
 def prove(id: Id,
           seed: Annotated[list[int] | None, typer.Option(metavar="N", help="A seed to run; may be given several times.  [default: 0 1 2]")] = None,
           out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where ID.json is filed, such as docs/proofs.  [default: not filed]")] = None,
+          anew: Annotated[bool, typer.Option("--anew", help="Run all seeds again, also those that an earlier run of this code has kept.")] = False,
           as_json: Json = False) -> None:
     """Run the proof of a system: a small honest experiment in which it has to beat its baseline.
+
+    Each seed is kept when it ends: a stopped proof goes on with the next, and seeds may run beside each other before they are filed together.
 
     \b
     Examples
       polysense prove slip
       polysense prove clip --seed 0 --seed 1 --out docs/proofs
+      polysense prove clip --seed 0 & polysense prove clip --seed 1 & wait; polysense prove clip --seed 0 --seed 1 --out docs/proofs
     """
     import sys
 
@@ -248,7 +252,7 @@ def prove(id: Id,
     card_of(id)
     from polysense.proofs.harness import prove as run_proof
 
-    filed = run_proof(id, tuple(seed) if seed else (0, 1, 2), out, say=lambda line: print(line, file=sys.stderr, flush=True))
+    filed = run_proof(id, tuple(seed) if seed else (0, 1, 2), out, say=lambda line: print(line, file=sys.stderr, flush=True), anew=anew)
     if as_json:
         json_out(filed)
         return

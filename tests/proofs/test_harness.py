@@ -25,6 +25,39 @@ def test_the_interval_is_the_paired_student_interval():
     assert gain([1.0], [0.5], False) == {"mean": -0.5, "low": None, "high": None}
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("POLYSENSE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_seeds_are_kept_until_the_code_changes(tmp_path, monkeypatch, cache):
+    fake, ran = ModuleType("polysense.proofs.clip"), []
+    fake.METRIC, fake.DATA, fake.HIGHER_IS_BETTER = "accuracy", "digits", True
+    fake.run = lambda seed: ran.append(seed) or Outcome(0.1 + seed / 3, {"chance": 0.1}, {"a": [seed]})
+    monkeypatch.setitem(sys.modules, "polysense.proofs.clip", fake)
+    monkeypatch.setattr("polysense.proofs.harness.find_spec", lambda name: True)
+    said = []
+    first = prove("clip", seeds=(1,), out=None, say=said.append)
+    filed = prove("clip", seeds=(0, 1, 2), out=tmp_path, say=said.append)
+    assert ran == [1, 0, 2] and filed["system"][1] == first["system"][0] and filed["notes"] == [{"a": [0]}, {"a": [1]}, {"a": [2]}]
+    assert [line.endswith("kept)") for line in said] == [False, False, True, False] and first["seconds"] <= filed["seconds"]
+    (kept,) = cache.rglob("1.json")
+    kept.write_text("{")
+    prove("clip", seeds=(0, 1), say=said.append)
+    assert ran == [1, 0, 2, 1], "a broken file counts for nothing"
+    prove("clip", seeds=(0,), anew=True, say=said.append)
+    assert ran == [1, 0, 2, 1, 0]
+    monkeypatch.setattr("polysense.proofs.harness.sources", lambda: "other")
+    prove("clip", seeds=(0,), say=said.append)
+    assert ran == [1, 0, 2, 1, 0, 0], "other code"
+
+
+def test_the_code_is_known_by_its_text(tmp_path):
+    from polysense.proofs import harness
+    assert harness.sources() == harness.sources() and len(harness.sources()) == 12
+
+
 def test_a_filed_proof_has_every_field(tmp_path, monkeypatch):
     fake = ModuleType("polysense.proofs.clip")
     fake.METRIC, fake.DATA, fake.HIGHER_IS_BETTER = "accuracy", "digits", True
@@ -37,6 +70,7 @@ def test_a_filed_proof_has_every_field(tmp_path, monkeypatch):
     assert wanted <= set(filed)
     assert filed["system"] == [0.5, 0.6, 0.7] and filed["baselines"] == {"chance": [0.1] * 3} and filed["beats_baseline"] is True
     fake.run = lambda seed: 1 / 0
+    monkeypatch.setattr("polysense.proofs.harness.sources", lambda: "other")
     with pytest.raises(ZeroDivisionError):
         prove("clip", seeds=(0,), out=tmp_path, say=lambda line: None)
     assert json.loads((tmp_path / "clip.json").read_text())["system"] == [0.5, 0.6, 0.7], "a crash leaves the older file"
