@@ -21,6 +21,11 @@ from polysense.objectives.contrastive import info_nce
 from polysense.objectives.language import hidden_words
 from polysense.towers.multiway import Fill, Multiway
 
+SHARED = ("net.kind.weight", "net.body.blocks.*.norm1.*", "net.body.blocks.*.attn.*", "net.body.blocks.*.scale?", "net.body.norm.*",
+          "net.body.relative.table")         # parameters of a shared Multiway transformer that every route reads
+SINGLE = (*SHARED, "net.image.*", "net.text.*", "net.body.blocks.*.image.*", "net.body.blocks.*.text.*", "image_head.*", "text_head.*",
+          "log_scale")                       # and those that pictures and texts alone read: what `compare` trains
+
 
 class Parts(NamedTuple):
     """Rows of a batch that are pictures alone, texts alone, and pairs, int each."""
@@ -104,8 +109,8 @@ class UnifiedEncoder(System):
         image, text, part = batch["image"], batch["text"], self.parts(batch)
         none = self.hide.token.sum() * 0
         words, codes = self.pair_losses(image[part.pairs], text[part.pairs], hide) if len(part.pairs) else (none, none)
-        return Losses(text=self.text_loss(text[part.texts]) if len(part.texts) else none,
-                      image=self.picture_loss(image[part.pictures]) if len(part.pictures) else none, pair_words=words, pair_codes=codes)
+        return Losses(text=self.text_loss(text[part.texts]) if len(part.texts) else none, pair=words + codes,
+                      image=self.picture_loss(image[part.pictures]) if len(part.pictures) else none)
 
     def guess(self, image: Tensor, text: Tensor, hidden: Tensor) -> Tensor:
         """image [B,3,H,W], text [B,L], hidden bool [B,L], words that are not read -> logits [W,V], row by row."""

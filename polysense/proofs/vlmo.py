@@ -10,6 +10,7 @@ from polysense.proofs.arms import train_arm
 from polysense.proofs.harness import Outcome
 from polysense.proofs.multiway import DEPTH, HEADS, LENGTH, MASK, PATCH, SIZE, SPECIAL, VOCAB, WIDE
 from polysense.systems.selfsup import vlmo
+from polysense.towers.multiway import shared_multiway
 
 METRIC, HIGHER_IS_BETTER = "share of hidden words guessed beside their own picture", True
 DATA = multiway.DATA
@@ -17,7 +18,7 @@ PICTURES, TEXTS, PAIRS, RERANK = 120, 100, 300, 10
 
 
 def plan() -> Preset:
-    net = vlmo.encoder(SIZE, PATCH, WIDE, DEPTH, HEADS, 1, VOCAB, LENGTH, 1.0, 16)
+    net = shared_multiway(SIZE, PATCH, WIDE, DEPTH, HEADS, 1, VOCAB, LENGTH, 1.0, 16)
     base = vlmo.captions()
     return multiway.sized(base.but(config=vlmo.config(net, multiway.target(), 6, 2, MASK, SPECIAL)), (PICTURES, TEXTS, PAIRS))
 

@@ -8,11 +8,15 @@ from torch import Tensor, nn
 from polysense.base.errors import UserError
 from polysense.base.spec import Spec
 from polysense.base.system import Part
+from polysense.nn.attention import Attention
 from polysense.nn.build import build
 from polysense.nn.check import check_text
-from polysense.nn.multiway import MultiwayTransformer, Route
+from polysense.nn.init import RescaledInit
+from polysense.nn.multiway import MultiwayBlock, MultiwayTransformer, Route
+from polysense.nn.norm import LayerNorm
 from polysense.nn.patch import Patches
 from polysense.nn.position import fit_positions
+from polysense.nn.relative import PairBias
 
 Fill = tuple[Tensor, Tensor]                 # mask [B,N], True is hidden, and the token [1,1,D] that stands there instead
 
@@ -202,3 +206,16 @@ def apart_sees(image: int, text: int, device: torch.device | str | None = None) 
     """bool [T,T]: a picture and a text that do not see each other."""
     side = torch.arange(image + text, device=device) < image
     return side[:, None] == side
+
+
+def shared_multiway(size: int, patch: int, width: int, depth: int, heads: int, fused: int, vocab: int, length: int, scale: float = 0.1,
+                    reach: int = 196, drop_path: float = 0.0) -> Multiway.Config:
+    """VLMo's and VL-BEiT's: relative positions, scaled branches, keys without bias. `fused`: so many blocks, the last ones, have VL-FFN."""
+    norm, side = LayerNorm.Config(eps=1e-6), size // patch
+    return Multiway.Config(
+        image=ImageEmbedding.Config(size=size, patch=patch), kinds=2,
+        text=TextEmbedding.Config(vocab=vocab, length=length, kinds=2, norm=LayerNorm.Config(eps=1e-12)),
+        body=MultiwayTransformer.Config(
+            width=width, depth=depth, heads=heads, norm=norm, fused=fused, drop_path=drop_path, init=RescaledInit.Config(),
+            relative=PairBias.Config(grid=(side, side), reach=reach),
+            block=MultiwayBlock.Config(attn=Attention.Config(bias="q v out"), norm=norm, layer_scale=scale)))

@@ -9,20 +9,22 @@ from fake import fake_batch
 from polysense.base.catalogue import preset_of
 from polysense.base.errors import UserError
 from polysense.base.system import After
+from polysense.decoders.answers import KnownAnswers
 from polysense.decoders.codes import CodeTarget
+from polysense.decoders.vq_codec import small_codec
 from polysense.mechanisms.word_mask import WholeWordMask
 from polysense.nn.multiway import Route
 from polysense.nn.relative import PairBias, offsets
 from polysense.objectives.matching import matching_pairs
 from polysense.systems.selfsup import vlmo
-from polysense.towers.multiway import apart_sees, together
+from polysense.towers.multiway import apart_sees, shared_multiway, together
 
 SIZE, GRID, WIDE, HEADS = 32, 4, 32, 2
 
 
 def small(answer=None):
-    target = CodeTarget.Config(codec=vlmo.small_codec(), size=16, mean=vlmo.MEAN, std=vlmo.STD, codec_mean=vlmo.HALF, codec_std=vlmo.HALF)
-    return vlmo.config(vlmo.encoder(SIZE, 8, WIDE, 3, HEADS, 1, 60, 12, 0.5, 16), target, 6, 2, 4, (0, 1, 2), answer)
+    target = CodeTarget.Config(codec=small_codec(), size=16, mean=vlmo.MEAN, std=vlmo.STD, codec_mean=vlmo.HALF, codec_std=vlmo.HALF)
+    return vlmo.config(shared_multiway(SIZE, 8, WIDE, 3, HEADS, 1, 60, 12, 0.5, 16), target, 6, 2, 4, (0, 1, 2), answer)
 
 
 @pytest.fixture()
@@ -204,7 +206,7 @@ def test_words_are_hidden_whole():
 
 
 def test_answers_become_known_one_by_one(batch):
-    system = small(vlmo.KnownAnswers.Config(room=3, length=4)).build()
+    system = small(KnownAnswers.Config(room=3, length=4)).build()
     with pytest.raises(UserError, match="knows no answer"):
         system.generate_text(batch["image"], batch["question"], max_new=3)
     optimizer = torch.optim.Adam(system.parameters(), lr=3e-3)
@@ -243,4 +245,4 @@ def test_bad_pairs_are_refused(system, batch):
     with pytest.raises(UserError, match="neither a picture nor a text"):
         system.net()
     with pytest.raises(UserError, match="expert for pairs"):
-        vlmo.encoder(SIZE, 8, WIDE, 2, HEADS, 3, 60, 12).build()
+        shared_multiway(SIZE, 8, WIDE, 2, HEADS, 3, 60, 12).build()

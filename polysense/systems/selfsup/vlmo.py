@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from polysense.archetypes.unified_encoder import UnifiedEncoder, paired, unit
+from polysense.archetypes.answering_encoder import AnsweringEncoder, replying
+from polysense.archetypes.unified_encoder import SHARED, paired, unit
 from polysense.base.card import Card
-from polysense.base.errors import UserError
 from polysense.base.system import After, Batch, Feed, ImagePlan, Losses, Optim, Preset, Spec, Stage, Start, TextPlan, ViewPlan, final
 from polysense.decoders.answers import KnownAnswers
 from polysense.decoders.codes import CodeTarget
@@ -33,17 +33,12 @@ from polysense.decoders.vq_codec import small_codec
 from polysense.decoders.words import OwnWordHead
 from polysense.mechanisms.mask_sampler import BlockMask
 from polysense.mechanisms.word_mask import WholeWordMask
-from polysense.nn.attention import Attention
 from polysense.nn.head import Linear, LinearBias, TanhHead
-from polysense.nn.init import RescaledInit
-from polysense.nn.multiway import MultiwayBlock, MultiwayTransformer
-from polysense.nn.norm import LayerNorm
-from polysense.nn.relative import PairBias
 from polysense.objectives.contrastive import info_nce
 from polysense.objectives.language import hidden_words
 from polysense.objectives.matching import matching_loss, matching_pairs, similarities
 from polysense.objectives.spread import gather, places, widest
-from polysense.towers.multiway import ImageEmbedding, Multiway, TextEmbedding
+from polysense.towers.multiway import Multiway, shared_multiway
 from polysense.weights import vlmo
 
 card = Card(
@@ -53,28 +48,25 @@ card = Card(
     can=("encode_image", "encode_text", "match_text", "generate_text", "guess_words"), official="microsoft/unilm",
 )
 
-PARAMETERS = 262_501_406                     # base: the encoder, published as 175M; heads of words 24.1M, of codes 6.3M, of pairs 3M; the dVAE's encoder 53.8M
+PARAMETERS = 262_501_406                     # base: the encoder, published as 175M; heads of words 24M, codes 6M, pairs 3M; the dVAE's encoder 54M
 
 weights = {"unilm": vlmo.LAYOUT}
 
 
 @final
-class VLMo(UnifiedEncoder):
+class VLMo(AnsweringEncoder):
     @dataclass(frozen=True, kw_only=True)
-    class Config(UnifiedEncoder.Config):
+    class Config(AnsweringEncoder.Config):
         hide_text: WholeWordMask.Config      # type: ignore[assignment]
         fused_image_head: Spec
         fused_text_head: Spec
-        pooler: Spec                         # TanhHead
         match_head: Spec                     # pooled -> (no, yes)
-        answer: KnownAnswers.Config | None = None
 
     def __init__(self, c: Config):
         super().__init__(c)
         self.fused_image_head, self.fused_text_head = c.fused_image_head.build(), c.fused_text_head.build()
         self.fused_log_scale = nn.Parameter(torch.tensor(log(c.scale)))
-        self.pooler, self.match_head = c.pooler.build(), c.match_head.build()
-        self.answer = c.answer.but(width=c.net.width).build() if c.answer is not None else None
+        self.match_head = c.match_head.build()
 
     def pictures(self, batch: Batch) -> Losses:
         """The first stage."""
@@ -105,62 +97,22 @@ class VLMo(UnifiedEncoder):
         first, second = (self.text_head, self.fused_text_head) if image is None else (self.image_head, self.fused_image_head)
         return unit(first(own[:, 0])), unit(second(fused[:, 0]))
 
-    def fused(self, image: Tensor, text: Tensor) -> Tensor:
-        """Pairs -> [B,D]: the first token of the text behind the fusion pass, pooled."""
-        return self.pooler(self.net(image, text).text[:, 0])
-
     def match_text(self, image: Tensor, text: Tensor) -> Tensor:
         """image [B,3,H,W] and text [B,L], or one of either for all of the other -> probability [B] that they belong together."""
         return self.match_head(self.fused(*paired(image, text))).float().softmax(-1)[:, 1]
 
-    def reply(self, batch: Batch) -> Losses:
-        """Fine-tuning for questions: the answer as a class."""
-        answer = batch["answer"]
-        said = self.answers.loss(self.fused(batch["image"], batch["question"]), answer)
-        return Losses(answer=said).keeping(answer=gather(F.pad(answer, (0, widest(answer.shape[1], answer.device) - answer.shape[1]))))
-
-    @property
-    def answers(self) -> KnownAnswers:
-        if self.answer is None:
-            raise UserError("this VLMo has no head for answers", "train the preset tiny or vqa on data with questions")
-        return self.answer
-
-    def generate_text(self, image: Tensor, prompt: Tensor, *, max_new: int) -> Tensor:
-        """image [B,3,H,W], prompt [B,L] a question -> ids [B,N] of the likeliest known answer, N <= max_new, up to and with the end token."""
-        if not bool(self.answers.words.any()):
-            raise UserError("this VLMo knows no answer yet", "train its stage reply on data with questions")
-        return self.answers.say(self.fused(image, prompt))[:, :max_new]
-
     @torch.no_grad()
     def after_step(self, after: After) -> None:
-        for scale in (self.log_scale, self.fused_log_scale):
-            scale.clamp_(max=self.max_log_scale)
-        if "answer" in after.keep:
-            self.answers.learn(after.keep["answer"])
+        super().after_step(after)
+        self.fused_log_scale.clamp_(max=self.max_log_scale)
 
 
-IMAGE = ("net.image.*", "net.kind.weight", "net.body.blocks.*.norm1.*", "net.body.blocks.*.attn.*", "net.body.blocks.*.scale?",
-         "net.body.blocks.*.image.*", "net.body.norm.*", "net.body.relative.table", "hide.*", "codes.*")
+IMAGE = (*SHARED, "net.image.*", "net.body.blocks.*.image.*", "hide.*", "codes.*")
 TEXT = ("net.body.blocks.*.text.*", "net.text.*", "words.*")
 HEADS = ("image_head.*", "text_head.*", "fused_*", "log_scale", "match_head.*")
 PAIRS = ("net.*", "words.*", "pooler.*", *HEADS)
-FUSED = ("net.image.*", "net.kind.weight", "net.text.*", "net.body.blocks.*.norm1.*", "net.body.blocks.*.attn.*", "net.body.blocks.*.scale?",
-         "net.body.blocks.*.pair.*", "net.body.norm.*", "net.body.relative.table", "pooler.*", "answer.*")
 
 MEAN, STD, HALF = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), (0.5, 0.5, 0.5)
-
-
-def encoder(size: int, patch: int, width: int, depth: int, heads: int, fused: int, vocab: int, length: int, scale: float = 0.1, reach: int = 196,
-            drop_path: float = 0.0) -> Multiway.Config:
-    """`fused`: so many blocks, the last ones, have VL-FFN."""
-    norm, side = LayerNorm.Config(eps=1e-6), size // patch
-    return Multiway.Config(
-        image=ImageEmbedding.Config(size=size, patch=patch), kinds=2,
-        text=TextEmbedding.Config(vocab=vocab, length=length, kinds=2, norm=LayerNorm.Config(eps=1e-12)),
-        body=MultiwayTransformer.Config(
-            width=width, depth=depth, heads=heads, norm=norm, fused=fused, drop_path=drop_path, init=RescaledInit.Config(),
-            relative=PairBias.Config(grid=(side, side), reach=reach),
-            block=MultiwayBlock.Config(attn=Attention.Config(bias="q v out"), norm=norm, layer_scale=scale)))
 
 
 def config(net: Multiway.Config, target: CodeTarget.Config, hidden: int, least: int, mask: int, special: tuple[int, ...],
@@ -184,7 +136,7 @@ def captions() -> Preset:
         data="scenes", starts=(Start(into="target.codec", from_="vq_vae", take="codec", preset="small"),),
         feed=Feed(image=ImagePlan(size=64, mean=MEAN, std=STD), text=TextPlan(kind="wordpiece", vocab=4096, length=40),
                   train_image=ViewPlan(size=64, scale=(0.6, 1.0))),
-        config=config(encoder(64, 8, 128, 4, 4, 1, 4096, 40, 1.0, 48), target, 25, 6, 4, (0, 1, 2)),
+        config=config(shared_multiway(64, 8, 128, 4, 4, 1, 4096, 40, 1.0, 48), target, 25, 6, 4, (0, 1, 2)),
         stages=(Stage(name="pictures", objective=VLMo.pictures, trainable=IMAGE, steps=200, batch_size=64,
                       optim=Optim(lr=1.5e-3, weight_decay=0.05, warmup=20, clip=3.0, lr_scale=fast)),
                 Stage(name="texts", objective=VLMo.texts, trainable=TEXT, steps=200, batch_size=64,
@@ -196,9 +148,7 @@ def captions() -> Preset:
 def tiny() -> Preset:
     """`captions`, then answers to the questions of the same pictures."""
     base = captions()
-    below = base.config.net.body.depth - base.config.net.body.fused  # type: ignore[attr-defined]
-    experts = tuple(f"net.body.blocks.{i}.{n}.*" for i in range(below) for n in ("image", "text"))       # those of the last blocks are not asked
-    reply = Stage(name="reply", objective=VLMo.reply, trainable=(*FUSED, *experts), steps=200, batch_size=48,
+    reply = Stage(name="reply", objective=VLMo.reply, trainable=replying(base.config.net), steps=200, batch_size=48,  # type: ignore[attr-defined]
                   optim=Optim(lr=3e-4, weight_decay=0.01, warmup=20, clip=3.0))
     return base.but(stages=(*base.stages, reply), config=base.config.but(answer=KnownAnswers.Config()))
 
@@ -218,7 +168,7 @@ def paper() -> Preset:
         data="cc3m+sbu+coco_captions+vg", starts=(Start(into="", from_="vlmo", preset="paper_texts"),),
         feed=Feed(image=ImagePlan(size=224, mean=HALF, std=HALF), train_image=ViewPlan(size=224, scale=(0.5, 1.0), flip=0.5),
                   text=TextPlan(kind="wordpiece", vocab=30522, length=40)),
-        config=config(encoder(224, 16, 768, 12, 12, 2, 30522, 40, drop_path=0.1), target, 75, 16, 103, (0, 101, 102)),
+        config=config(shared_multiway(224, 16, 768, 12, 12, 2, 30522, 40, drop_path=0.1), target, 75, 16, 103, (0, 101, 102)),
         stages=(Stage(name="pairs", objective=VLMo.pairs, trainable=PAIRS, weights=(("words", 0.25),), steps=200_000, batch_size=1024,
                       optim=Optim(lr=2e-4, weight_decay=0.01, betas=(0.9, 0.98), warmup=20_000, schedule="linear")),))
 
@@ -242,5 +192,5 @@ def paper_pictures() -> Preset:
 def large() -> Preset:
     """24 blocks of width 1024, VL-FFN in the last three."""
     base = paper()
-    return base.but(starts=(), config=config(encoder(224, 16, 1024, 24, 16, 3, 30522, 40, drop_path=0.1),
+    return base.but(starts=(), config=config(shared_multiway(224, 16, 1024, 24, 16, 3, 30522, 40, drop_path=0.1),
                                              base.config.target, 75, 16, 103, (0, 101, 102))).but(**{"stages.0.optim.lr": 5e-5})  # type: ignore[attr-defined]
