@@ -10,7 +10,8 @@ from reference import reference, shake
 from polysense.base.catalogue import preset_of
 from polysense.base.errors import UserError
 from polysense.systems.fuse import albef
-from polysense.weights.convert import compare, export, import_
+from polysense.weights.convert import compare as assert_agree
+from polysense.weights.convert import export, import_
 from polysense.weights.files import read_state
 
 VOCAB, WIDTH, DIM, FIRST, DEPTH, LAYOUT = 120, 64, 16, 2, 4, albef.weights["albef"]
@@ -78,12 +79,12 @@ def test_released_file_in_and_out(theirs, tmp_path):
     ours, preset = import_(folder, LAYOUT, lambda n: preset_of("albef", n))
     assert preset.config.text.body.depth == FIRST and preset.config.fusion.depth == DEPTH - FIRST and preset.feed.image.size == 32
     image, text = inputs()
-    compare(got(ours, image, text), want(modules, image, text))
+    assert_agree(got(ours, image, text), want(modules, image, text))
     assert ours.image_queue.pointer == 4 == ours.text_queue.pointer and float(ours.ramp) == 1 and ours.temperature.item() == pytest.approx(0.05)
     torch.testing.assert_close(ours.text_queue.keys, state["text_queue"].T)
     with torch.no_grad():
         words = ours.guess(ours.teacher.module, ours.vision(image).tokens, text, text >= 0).unflatten(0, text.shape)
-    compare({"words": words}, {"words": want(modules, image, text)["words"]})
+    assert_agree({"words": words}, {"words": want(modules, image, text)["words"]})
 
     export(ours.state_dict(), preset.config, LAYOUT, tmp_path / "back", preset.feed)
     back = read_state(tmp_path / "back" / "ALBEF.pth")

@@ -9,7 +9,8 @@ from reference import reference, shake
 from polysense.base.catalogue import preset_of
 from polysense.base.errors import UserError
 from polysense.systems.fuse import albef
-from polysense.weights.convert import compare, export, import_
+from polysense.weights.convert import compare as assert_agree
+from polysense.weights.convert import export, import_
 from polysense.weights.files import read_state
 
 VOCAB, WIDTH, FIRST, DEPTH, SAYS, LAYOUT = 120, 64, 2, 4, 3, albef.weights["vqa"]
@@ -93,7 +94,7 @@ def test_released_file_in_and_out(theirs, tmp_path):
     modules, state, folder = theirs
     ours, preset = opened(folder)
     batch = inputs()
-    compare(got(ours, *batch), want(modules, *batch))
+    assert_agree(got(ours, *batch), want(modules, *batch))
     assert preset.config.answer.text.body.depth == SAYS and preset.config.fusion.depth == DEPTH - FIRST
     torch.testing.assert_close(ours.teacher.module["vision"].patch.weight, ours.vision.patch.weight, rtol=0, atol=0)
     before = ours.answer.words.bias.clone()

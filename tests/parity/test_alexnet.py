@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 from polysense.base.catalogue import preset_of
 from polysense.base.errors import UserError
 from polysense.systems.backbone import alexnet
-from polysense.weights.convert import compare, export, import_
+from polysense.weights.convert import compare as assert_agree
+from polysense.weights.convert import export, import_
 
 LAYOUT = alexnet.weights["torchvision"]
 
@@ -32,7 +33,7 @@ def test_torchvision_in_and_out(tmp_path):
         image, label = torch.randn(1, 3, size, size), torch.tensor([4])
         maps, logits = net.features(image), net(image)
         hidden = net.classifier[:-1](net.avgpool(maps).flatten(1))
-        compare({"features": ours.backbone.map(image), "hidden": ours.backbone(image).pooled, "logits": ours.classify(image),
+        assert_agree({"features": ours.backbone.map(image), "hidden": ours.backbone(image).pooled, "logits": ours.classify(image),
                  "relu1": ours.backbone.features(image)[0], "loss": ours.losses({"image": image, "label": label})["label"]},
                 {"features": maps, "hidden": hidden, "logits": logits, "relu1": net.features[:2](image), "loss": F.cross_entropy(logits, label)})
     export(ours.state_dict(), preset.config, LAYOUT, tmp_path / "back", preset.feed)

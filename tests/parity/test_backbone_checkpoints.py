@@ -12,7 +12,8 @@ from polysense.base.errors import UserError
 from polysense.nn.head import TanhHead
 from polysense.systems.backbone import resnet, vit
 from polysense.weights import bert_hf
-from polysense.weights.convert import compare, export, import_
+from polysense.weights.convert import compare as assert_agree
+from polysense.weights.convert import export, import_
 from polysense.weights.keymap import load_into
 
 CLASSES = 5
@@ -56,12 +57,12 @@ def test_timm_vit_in_and_out(tmp_path, args):
     ours, preset = import_(tmp_path / "theirs", vit.weights["timm"], presets("vit"))
     image, label = torch.randn(3, 3, 32, 32), torch.tensor([0, 4, 2])
     want = timm_outputs(theirs, image, label)
-    compare(outputs(ours, image, label), want)
+    assert_agree(outputs(ours, image, label), want)
     assert preset.feed.image.mean == (0.5, 0.5, 0.5) and preset.feed.image.size == 32
 
     export(ours.state_dict(), preset.config, vit.weights["timm"], tmp_path / "back", preset.feed)
     again = timm.create_model(f"local-dir:{tmp_path / 'back'}", pretrained=True).eval()
-    compare(timm_outputs(again, image, label), want)
+    assert_agree(timm_outputs(again, image, label), want)
     assert import_(tmp_path / "back", vit.weights["timm"], presets("vit"))[1].config == preset.config
 
 
@@ -73,10 +74,10 @@ def test_timm_resnet_in_and_out(tmp_path, name):
     ours, preset = import_(tmp_path / "theirs", resnet.weights["timm"], presets("resnet"))
     image, label = torch.randn(2, 3, 64, 64), torch.tensor([0, 4])
     want = timm_outputs(theirs, image, label)
-    compare(outputs(ours, image, label), want)
+    assert_agree(outputs(ours, image, label), want)
     export(ours.state_dict(), preset.config, resnet.weights["timm"], tmp_path / "back", preset.feed)
     again = timm.create_model(f"local-dir:{tmp_path / 'back'}", pretrained=True).eval()
-    compare(timm_outputs(again, image, label), want)
+    assert_agree(timm_outputs(again, image, label), want)
 
 
 @pytest.mark.parametrize("kind, layers", [("BasicBlock", (2, 1, 1, 1)), ("Bottleneck", (1, 1, 2, 1))])
@@ -90,12 +91,12 @@ def test_torchvision_resnet_from_a_bare_pth(tmp_path, kind, layers):
     image, label = torch.randn(2, 3, 64, 64), torch.tensor([1, 3])
     with torch.no_grad():
         pooled = torch.nn.Sequential(*list(theirs.children())[:-1])(image).flatten(1)
-        compare(outputs(ours, image, label), expected(theirs(image), pooled, label))
+        assert_agree(outputs(ours, image, label), expected(theirs(image), pooled, label))
         x, maps = torch.nn.Sequential(*list(theirs.children())[:4])(image), {}
         for s in range(4):
             x = getattr(theirs, f"layer{s + 1}")(x)
             maps[f"stage {s}"] = x
-        compare({f"stage {s}": m for s, m in enumerate(ours.backbone.features(image))}, maps)
+        assert_agree({f"stage {s}": m for s, m in enumerate(ours.backbone.features(image))}, maps)
     back = resnet.weights["timm"].keymap(preset.config).save(ours.state_dict())
     assert all(torch.equal(v, back[k]) for k, v in theirs.state_dict().items()) and len(back) == len(theirs.state_dict())
 
@@ -128,7 +129,7 @@ def test_transformers_vit_in_and_out_under_both_sets_of_names(tmp_path, more):
     def run(model):
         return expected(model(image).logits, model.vit(image).last_hidden_state[:, 0], label)
     want = run(theirs)
-    compare(outputs(ours, image, label), want)
+    assert_agree(outputs(ours, image, label), want)
 
     on_disk, in_memory, table = load_file(tmp_path / "theirs" / "model.safetensors"), theirs.state_dict(), vit.weights["hf"].keymap(preset.config)
     assert on_disk.keys() != in_memory.keys()                 # else this test no longer tests both
@@ -137,7 +138,7 @@ def test_transformers_vit_in_and_out_under_both_sets_of_names(tmp_path, more):
     assert table.save(one).keys() == on_disk.keys()
 
     export(ours.state_dict(), preset.config, vit.weights["hf"], tmp_path / "back", preset.feed)
-    compare(run(hf.ViTForImageClassification.from_pretrained(tmp_path / "back").eval()), want)
+    assert_agree(run(hf.ViTForImageClassification.from_pretrained(tmp_path / "back").eval()), want)
     processor = hf.ViTImageProcessor.from_pretrained(tmp_path / "back")
     assert list(processor.image_mean) == [0.1, 0.2, 0.3] and not getattr(processor, "do_center_crop", False)
 
@@ -152,10 +153,10 @@ def test_transformers_vit_without_classes(tmp_path, pooler):
     ours, preset = import_(tmp_path / "theirs", vit.weights["hf"], presets("vit"))
     image = torch.randn(2, 3, 32, 32)
     out = theirs(image)
-    compare({"head": ours.classify(image)}, {"head": out.pooler_output if pooler else out.last_hidden_state[:, 0]})
+    assert_agree({"head": ours.classify(image)}, {"head": out.pooler_output if pooler else out.last_hidden_state[:, 0]})
     export(ours.state_dict(), preset.config, vit.weights["hf"], tmp_path / "back")
     again = hf.ViTModel.from_pretrained(tmp_path / "back", add_pooling_layer=pooler).eval()(image)
-    compare({"tokens": again.last_hidden_state}, {"tokens": out.last_hidden_state})
+    assert_agree({"tokens": again.last_hidden_state}, {"tokens": out.last_hidden_state})
 
 
 @pytest.mark.parametrize("kind, widths, first", [("bottleneck", [32, 64], False), ("bottleneck", [32, 64, 128], True), ("basic", [8, 16], False)])
@@ -171,10 +172,10 @@ def test_transformers_resnet_in_and_out(tmp_path, kind, widths, first):
     def run(model):
         return expected(model(image).logits, model.resnet(image).pooler_output.flatten(1), label)
     want = run(theirs)
-    compare(outputs(ours, image, label), want)
+    assert_agree(outputs(ours, image, label), want)
     export(ours.state_dict(), preset.config, resnet.weights["hf"], tmp_path / "back", preset.feed)
     again = hf.ResNetForImageClassification.from_pretrained(tmp_path / "back").eval()
-    compare(run(again), want)
+    assert_agree(run(again), want)
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in theirs.state_dict().items())
 
 
@@ -200,14 +201,14 @@ def test_transformers_bert_in_and_out(tmp_path, kind):
     body = theirs.bert if kind == "BertForMaskedLM" else theirs
     want = body(ids, attention_mask=(ids != 0).long())
     got = ours(ids)
-    compare({"one": got.tokens[0], "two": got.tokens[1, :6]}, {"one": want.last_hidden_state[0], "two": want.last_hidden_state[1, :6]})
+    assert_agree({"one": got.tokens[0], "two": got.tokens[1, :6]}, {"one": want.last_hidden_state[0], "two": want.last_hidden_state[1, :6]})
     if kind == "BertModel":
-        compare({"pooled": got.pooled}, {"pooled": want.pooler_output})
+        assert_agree({"pooled": got.pooled}, {"pooled": want.pooler_output})
         (tmp_path / "back").mkdir()
         (tmp_path / "back" / "config.json").write_text(json.dumps(bert_hf.write(text)))
         save_file(bert_hf.keymap(text).save(ours.state_dict()), tmp_path / "back" / "model.safetensors", metadata={"format": "pt"})
         again = hf.BertModel.from_pretrained(tmp_path / "back").eval()
-        compare({"tokens": again(ids, attention_mask=(ids != 0).long()).last_hidden_state}, {"tokens": want.last_hidden_state})
+        assert_agree({"tokens": again(ids, attention_mask=(ids != 0).long()).last_hidden_state}, {"tokens": want.last_hidden_state})
 
 
 def test_variants_that_are_not_read_are_refused_by_name(tmp_path):

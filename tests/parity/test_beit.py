@@ -42,7 +42,7 @@ def theirs(kind="BeitForMaskedImageModeling", **more):
 
 
 @torch.no_grad()
-def compare(ours, model, image, masked):
+def assert_agree(ours, model, image, masked):
     masking = masking_of(masked)
     tokens = ours.see(image, masking)
     label = torch.arange(int(masked.sum())) % 40
@@ -69,11 +69,11 @@ def test_masked_model_in_and_out(tmp_path, image, masked, name):
     model.save_pretrained(tmp_path / "theirs")
     save_file({name(k): v for k, v in load_file(tmp_path / "theirs" / "model.safetensors").items()}, tmp_path / "theirs" / "model.safetensors")
     ours, preset = import_(tmp_path / "theirs", beit.weights["hf"], presets)
-    compare(ours, model, image, masked)
+    assert_agree(ours, model, image, masked)
     assert preset.config.sampler.hidden == round(75 / 196 * 16) and preset.config.target.size == 32
     export(ours.state_dict(), preset.config, beit.weights["hf"], tmp_path / "back", preset.feed)
     again = type(model).from_pretrained(tmp_path / "back").eval()
-    compare(ours, again, image, masked)
+    assert_agree(ours, again, image, masked)
 
 
 def test_released_names_in_and_out(tmp_path, image, masked):
@@ -91,7 +91,7 @@ def test_released_names_in_and_out(tmp_path, image, masked):
     state["rel_pos_bias.relative_position_index"] = torch.zeros(17, 17, dtype=torch.long)
     save_file(state, tmp_path / "beit.safetensors")
     ours, preset = import_(tmp_path / "beit.safetensors", beit.weights["unilm"], presets)
-    compare(ours, model, image, masked)
+    assert_agree(ours, model, image, masked)
     export(ours.state_dict(), preset.config, beit.weights["unilm"], tmp_path / "back.safetensors")
     back = load_file(tmp_path / "back.safetensors")
     assert all(torch.equal(v, state[k]) for k, v in back.items()) and set(state) - set(back) == {"rel_pos_bias.relative_position_index"}

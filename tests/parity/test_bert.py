@@ -10,7 +10,8 @@ from polysense.base.catalogue import preset_of
 from polysense.base.errors import UserError
 from polysense.data.tokenizer import load_tokenizer
 from polysense.systems.backbone import bert
-from polysense.weights.convert import compare, export, import_
+from polysense.weights.convert import compare as assert_agree
+from polysense.weights.convert import export, import_
 
 TOY = {"vocab_size": 70, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64, "max_position_embeddings": 24}
 
@@ -69,11 +70,11 @@ def test_transformers_in_and_out(tmp_path, kind):
             want["loss"] = model(text, labels=label, attention_mask=real).loss
         ours.hide = Told(text, chosen)
         got["loss"] = ours.masked({"text": text})["words"]
-    compare(got, want)
+    assert_agree(got, want)
     export(ours.state_dict(), preset.config, layout, tmp_path / "back", preset.feed)
     again = getattr(hf, kind).from_pretrained(tmp_path / "back").eval()
     assert json.loads((tmp_path / "back" / "config.json").read_text())["architectures"] == [kind]
-    compare({"hidden": again(text, output_hidden_states=True, **given).hidden_states[-1][real]}, {"hidden": want["hidden"]})
+    assert_agree({"hidden": again(text, output_hidden_states=True, **given).hidden_states[-1][real]}, {"hidden": want["hidden"]})
     in_memory = model.state_dict()                                        # names in memory, copies of tied weights included
     assert {k: v.shape for k, v in layout.keymap(preset.config).load(in_memory).items()} == {k: v.shape for k, v in ours.state_dict().items()}
 
@@ -101,7 +102,7 @@ def test_names_of_2018(tmp_path):
     ours, _ = import_(tmp_path, bert.weights["hf"], lambda name: preset_of("bert", name))
     text, real, kinds = sample(0)
     want = model(text, attention_mask=real, token_type_ids=kinds).prediction_logits[real]
-    compare({"words": ours.guess(ours.text(text, kind=kinds), real)}, {"words": want})
+    assert_agree({"words": ours.guess(ours.text(text, kind=kinds), real)}, {"words": want})
 
 
 @pytest.mark.parametrize("preset, layout, name, size", [

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from polysense.base.catalogue import preset_of
 from polysense.base.errors import UserError
 from polysense.systems.backbone import supervised
-from polysense.weights.convert import compare, export, import_
+from polysense.weights.convert import compare as assert_agree
+from polysense.weights.convert import export, import_
 
 
 def presets(name: str):
@@ -32,11 +33,11 @@ def test_transformers_in_and_out(tmp_path):
         return {"stage 1": maps[1], "stage 2": maps[2], "feature": model.bit(image).pooler_output.flatten(1), "logits": out.logits,
                 "loss": F.cross_entropy(out.logits, label)}
     maps = ours.backbone.features(image)
-    compare({"stage 1": maps[0], "stage 2": maps[1], "feature": ours.backbone(image).pooled, "logits": ours.classify(image),
+    assert_agree({"stage 1": maps[0], "stage 2": maps[1], "feature": ours.backbone(image).pooled, "logits": ours.classify(image),
              "loss": ours.losses({"image": image, "label": label})["label"]}, said(theirs))
     export(ours.state_dict(), preset.config, supervised.weights["hf"], tmp_path / "back", preset.feed)
     again = hf.BitForImageClassification.from_pretrained(tmp_path / "back").eval()
-    compare(said(again), said(theirs))
+    assert_agree(said(again), said(theirs))
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in theirs.state_dict().items())
 
 
@@ -51,7 +52,7 @@ def test_timm_in_and_out(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnetv2_50x1_bit", "pretrained_cfg": {"input_size": [3, 64, 64]}}))
     ours, preset = import_(tmp_path, supervised.weights["timm"], presets)
     image = torch.randn(2, 3, 64, 64)
-    compare({"logits": ours.classify(image), "map": ours.backbone.features(image)[-1]},
+    assert_agree({"logits": ours.classify(image), "map": ours.backbone.features(image)[-1]},
             {"logits": theirs(image), "map": theirs.forward_features(image)})
     back = supervised.weights["timm"].keymap(preset.config).save(ours.state_dict())
     assert all(torch.equal(v, back[k]) for k, v in theirs.state_dict().items()) and len(back) == len(theirs.state_dict())

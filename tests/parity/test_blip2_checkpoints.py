@@ -10,7 +10,8 @@ from reference import reference, shake
 from polysense.base.catalogue import preset_of
 from polysense.base.errors import UserError
 from polysense.systems.lmm import blip2
-from polysense.weights.convert import compare, export, import_
+from polysense.weights.convert import compare as assert_agree
+from polysense.weights.convert import export, import_
 
 LAYOUT, IMAGE_TOKEN = blip2.weights["hf"], 59
 
@@ -96,12 +97,12 @@ def test_opt_speaker_in_and_out(speaker, tmp_path):
     image, text = torch.randn(3, 3, 28, 28), torch.randint(3, 58, (3, 7))
     text[:, 0], text[0, 5:] = 2, 1
     want = speaker_want(model, image, text)
-    compare(speaker_got(ours, image, text), want)
+    assert_agree(speaker_got(ours, image, text), want)
     assert preset.config.qformer.queries == 5 and preset.config.language.vocab == 60 and preset.feed.image.size == 28
 
     export(ours.state_dict(), preset.config, LAYOUT, tmp_path / "back", preset.feed)
     again = reference("transformers").Blip2ForConditionalGeneration.from_pretrained(tmp_path / "back").eval()
-    compare(speaker_want(again, image, text), want)
+    assert_agree(speaker_want(again, image, text), want)
 
 
 @torch.no_grad()
@@ -126,7 +127,7 @@ def test_flan_t5_replier_in_and_out(replier, tmp_path):
     image, text, reply = torch.randn(3, 3, 28, 28), torch.randint(3, 58, (3, 7)), torch.randint(3, 58, (3, 5))
     text[:, 6], text[0, 4:] = 1, torch.tensor([1, 0, 0])
     want = replier_want(model, image, text, reply)
-    compare(replier_got(ours, image, text, reply), want)
+    assert_agree(replier_got(ours, image, text, reply), want)
     assert preset.config.end == 1 and preset.config.start == 0 and preset.config.language.encoder.depth == 2
 
     prompt = torch.cat([torch.zeros(3, 1, dtype=torch.long), text], 1)                      # as the feed writes it: start, words, end
@@ -139,7 +140,7 @@ def test_flan_t5_replier_in_and_out(replier, tmp_path):
 
     export(ours.state_dict(), preset.config, LAYOUT, tmp_path / "back", preset.feed)
     again = reference("transformers").Blip2ForConditionalGeneration.from_pretrained(tmp_path / "back").eval()
-    compare(replier_want(again, image, text, reply), want)
+    assert_agree(replier_want(again, image, text, reply), want)
 
 
 def test_generation_is_theirs(speaker):
@@ -178,12 +179,12 @@ def test_matching_model_in_and_out(matcher, tmp_path):
     image, text = torch.randn(3, 3, 28, 28), torch.randint(3, 38, (3, 7))
     text[0, 5:] = 0
     want = matcher_want(model, image, text)
-    compare(matcher_got(ours, image, text), want)
+    assert_agree(matcher_got(ours, image, text), want)
     assert ours.match_text(image, text).shape == (3,) and torch.allclose(ours.encode_image(image).norm(dim=1), torch.ones(3))
 
     export(ours.state_dict(), preset.config, LAYOUT, tmp_path / "back", preset.feed)
     again = reference("transformers").Blip2ForImageTextRetrieval.from_pretrained(tmp_path / "back").eval()
-    compare(matcher_want(again, image, text), want)
+    assert_agree(matcher_want(again, image, text), want)
 
 
 def test_the_qformer_alone():
@@ -204,7 +205,7 @@ def test_the_qformer_alone():
     image = torch.randn(2, 6, 32)
     with torch.no_grad():
         want = theirs(query_embeds=ours.query.expand(2, -1, -1), encoder_hidden_states=image).last_hidden_state
-        compare({"query": ours.look(image).query}, {"query": want})
+        assert_agree({"query": ours.look(image).query}, {"query": want})
 
 
 @pytest.mark.parametrize("break_, says", [(lambda f: (f / "model.safetensors").write_bytes(b""), "empty"),

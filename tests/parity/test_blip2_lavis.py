@@ -8,7 +8,8 @@ from reference import reference, shake
 from polysense.base.catalogue import preset_of
 from polysense.base.errors import UserError
 from polysense.systems.lmm import blip2
-from polysense.weights.convert import compare, export, import_
+from polysense.weights.convert import compare as assert_agree
+from polysense.weights.convert import export, import_
 from polysense.weights.files import read_state
 
 LAYOUT, WIDE, WIDTH, VOCAB = blip2.weights["lavis"], 176, 128, 40
@@ -85,7 +86,7 @@ def test_released_file_in_and_out(theirs, tmp_path):
     model, head, state, folder = theirs
     ours, preset = opened(folder)
     batch = inputs()
-    compare(got(ours, *batch), want(model, head, *batch))
+    assert_agree(got(ours, *batch), want(model, head, *batch))
     assert preset.config.decode == VOCAB - 1 and preset.config.qformer.every == 2 and ours.temperature.item() == pytest.approx(0.05)
     begun = torch.cat([torch.full_like(batch[1][:, :1], ours.decode), batch[1][:, 1:]], 1)
     assert ours.align({"image": batch[0], "text": begun.clamp(max=VOCAB - 2)}).total().isfinite()
@@ -109,7 +110,7 @@ def test_the_image_tower_is_read_from_the_file_beside_it_without_its_last_block(
     ours, preset = opened(tmp_path)
     assert preset.config.vision.body.depth == 2
     batch = inputs()
-    compare(got(ours, *batch), want(*theirs[:2], *batch))
+    assert_agree(got(ours, *batch), want(*theirs[:2], *batch))
 
 
 @pytest.mark.parametrize("break_, says", [

@@ -14,7 +14,8 @@ from polysense.nn.head import Linear, TanhHead
 from polysense.objectives.contrastive import info_nce
 from polysense.systems.align import clip
 from polysense.weights import bert_hf, clip_hf
-from polysense.weights.convert import compare, export, import_
+from polysense.weights.convert import compare as assert_agree
+from polysense.weights.convert import export, import_
 from polysense.weights.keymap import KeyMap, load_into, rule, scalar
 from polysense.weights.layout import read_checkpoint
 
@@ -73,16 +74,16 @@ def test_transformers_clip_in_and_out(tmp_path, act, end, width, depth, eps):
     image = torch.randn(3, 3, IMAGE, IMAGE)
     ids = texts(VOCAB - 1 if end == 2 else end)
     want = hf_outputs(theirs, image, ids)
-    compare(outputs(ours, image, ids), want)
+    assert_agree(outputs(ours, image, ids), want)
 
     export(ours.state_dict(), preset.config, LAYOUTS["hf"], tmp_path / "back", preset.feed)
     again = reference("transformers").CLIPModel.from_pretrained(tmp_path / "back").eval()
-    compare(hf_outputs(again, image, ids), want)
+    assert_agree(hf_outputs(again, image, ids), want)
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in theirs.state_dict().items())
     plan = json.loads((tmp_path / "back" / "preprocessor_config.json").read_text())
     assert plan["image_mean"] == list(preset.feed.image.mean) and plan["size"] == {"shortest_edge": IMAGE}
     third, same = import_(tmp_path / "back", LAYOUTS["hf"], presets)
-    assert list(same.lines()) == list(preset.lines()) and compare(outputs(third, image, ids), want) <= 1e-4
+    assert list(same.lines()) == list(preset.lines()) and assert_agree(outputs(third, image, ids), want) <= 1e-4
 
 
 def test_the_pooling_rule_and_the_activation_are_really_read(tmp_path):
@@ -96,7 +97,7 @@ def test_the_pooling_rule_and_the_activation_are_really_read(tmp_path):
         config["text_config"].update(change)
         (tmp_path / "config.json").write_text(json.dumps(config))
         with pytest.raises(UserError, match="usual causes"):
-            compare(outputs(import_(tmp_path, LAYOUTS["hf"], presets)[0], image, ids), want)
+            assert_agree(outputs(import_(tmp_path, LAYOUTS["hf"], presets)[0], image, ids), want)
 
 
 def test_shards_half_precision_old_buffers_and_pickles_read_the_same(tmp_path):
@@ -105,17 +106,17 @@ def test_shards_half_precision_old_buffers_and_pickles_read_the_same(tmp_path):
     assert (tmp_path / "shards" / "model.safetensors.index.json").is_file()
     image, ids = torch.randn(3, 3, IMAGE, IMAGE), texts(50)
     want = hf_outputs(theirs, image, ids)
-    compare(outputs(import_(tmp_path / "shards", LAYOUTS["hf"], presets)[0], image, ids), want)
+    assert_agree(outputs(import_(tmp_path / "shards", LAYOUTS["hf"], presets)[0], image, ids), want)
     old = {**theirs.state_dict(), "text_model.embeddings.position_ids": torch.arange(LENGTH)[None],
            "vision_model.embeddings.position_ids": torch.arange(17)[None]}
     (tmp_path / "pickle").mkdir()
     torch.save(old, tmp_path / "pickle" / "pytorch_model.bin")
     (tmp_path / "pickle" / "config.json").write_text((tmp_path / "shards" / "config.json").read_text())
-    compare(outputs(import_(tmp_path / "pickle", LAYOUTS["hf"], presets)[0], image, ids), want)
+    assert_agree(outputs(import_(tmp_path / "pickle", LAYOUTS["hf"], presets)[0], image, ids), want)
     theirs.half().save_pretrained(tmp_path / "half")
     halved = import_(tmp_path / "half", LAYOUTS["hf"], presets)[0]
     assert halved.vision.patch.weight.dtype == torch.float32
-    compare(outputs(halved, image, ids), hf_outputs(theirs.float(), image, ids))
+    assert_agree(outputs(halved, image, ids), hf_outputs(theirs.float(), image, ids))
 
 
 def open_clip_model(vision: dict, act: str = "gelu", custom: bool = False, **text):
@@ -158,13 +159,13 @@ def test_open_clip_in_and_out(tmp_path, vision, act, custom, text):
     assert preset.feed.image.mean == (0.5, 0.4, 0.3) and preset.feed.image.size == vision["image_size"]
     image, ids = torch.randn(3, 3, vision["image_size"], vision["image_size"]), texts(text.get("eos_id", VOCAB - 1))
     want = open_clip_outputs(theirs, image, ids)
-    compare(outputs(ours, image, ids), want)
+    assert_agree(outputs(ours, image, ids), want)
 
     export(ours.state_dict(), preset.config, LAYOUTS["open_clip"], tmp_path / "back", preset.feed)
     written = json.loads((tmp_path / "back" / "open_clip_config.json").read_text())
     again = reference("open_clip").CLIP(**written["model_cfg"]).eval()
     again.load_state_dict(load_file(tmp_path / "back" / "open_clip_model.safetensors"), strict=True)
-    compare(open_clip_outputs(again, image, ids), want)
+    assert_agree(open_clip_outputs(again, image, ids), want)
     assert written["preprocess_cfg"]["mean"] == [0.5, 0.4, 0.3]
 
 
@@ -181,13 +182,13 @@ def test_openai_state_and_torchscript_archive_in_and_out(tmp_path, vision):
         torch.jit.trace(theirs, (image, ids), check_trace=False, strict=False).save(str(tmp_path / "archive.pt"))
     for name in ("state.pt", "archive.pt"):
         ours, preset = import_(tmp_path / name, LAYOUTS["openai"], presets)
-        compare(outputs(ours, image, ids), want)
+        assert_agree(outputs(ours, image, ids), want)
 
     export(ours.state_dict(), preset.config, LAYOUTS["openai"], tmp_path / "back.pt")
     build = reference("open_clip.model").build_model_from_openai_state_dict
     again = build(torch.load(tmp_path / "back.pt", weights_only=True), cast_dtype=torch.float32).float()
     # the reference stores halves
-    compare(open_clip_outputs(again, image, ids), want, tolerance=1e-2)
+    assert_agree(open_clip_outputs(again, image, ids), want, tolerance=1e-2)
     halves = {k: v.half().float() if k in again.state_dict() and v.is_floating_point() else v for k, v in theirs.state_dict().items()}
     assert all(torch.equal(v, halves[k]) or torch.equal(v, theirs.state_dict()[k]) for k, v in again.state_dict().items())
 
@@ -211,7 +212,7 @@ def test_one_model_crosses_all_three_layouts(tmp_path):
     first, preset = import_(tmp_path / "a", LAYOUTS["open_clip"], presets)
     export(first.state_dict(), preset.config, LAYOUTS["hf"], tmp_path / "b", preset.feed)
     model = reference("transformers").CLIPModel.from_pretrained(tmp_path / "b").eval()
-    compare(hf_outputs(model, image, ids), open_clip_outputs(theirs, image, ids))
+    assert_agree(hf_outputs(model, image, ids), open_clip_outputs(theirs, image, ids))
     second, preset = import_(tmp_path / "b", LAYOUTS["hf"], presets)
     export(second.state_dict(), preset.config, LAYOUTS["openai"], tmp_path / "c")
     third, _ = import_(tmp_path / "c", LAYOUTS["openai"], presets)
@@ -231,7 +232,7 @@ def test_towers_alone_under_published_and_in_memory_names(tmp_path):
             load_into(system.vision if model is vision else system.text, table, names)
         back = table.save(table.load(state))
         assert back.keys() == state.keys() and all(torch.equal(back[k], v) for k, v in state.items())
-    compare({"image": system.vision(image).pooled, "text": system.text(ids).pooled},
+    assert_agree({"image": system.vision(image).pooled, "text": system.text(ids).pooled},
             {"image": vision(image).pooler_output, "text": text(ids).pooler_output})
 
 
@@ -263,7 +264,7 @@ def test_vision_text_dual_encoder_is_a_sum_of_tables(tmp_path):
     image, ids = torch.randn(3, 3, IMAGE, IMAGE), torch.randint(1, VOCAB, (3, LENGTH))
     ids[1, 5:] = 0
     out = theirs(input_ids=ids, pixel_values=image, attention_mask=(ids != 0).long(), return_loss=True)
-    compare(outputs(ours, image, ids), {"image": F.normalize(out.image_embeds, dim=-1), "text": F.normalize(out.text_embeds, dim=-1),
+    assert_agree(outputs(ours, image, ids), {"image": F.normalize(out.image_embeds, dim=-1), "text": F.normalize(out.text_embeds, dim=-1),
                                         "logits": out.logits_per_image, "loss": out.loss})
     back = table.save(ours.state_dict())
     theirs.load_state_dict(back, strict=True)

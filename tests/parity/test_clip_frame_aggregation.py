@@ -5,7 +5,8 @@ from reference import reference, shake
 
 import polysense
 from polysense.base.catalogue import preset_of
-from polysense.weights.convert import compare, export, import_
+from polysense.weights.convert import compare as assert_agree
+from polysense.weights.convert import export, import_
 
 recipe = polysense.load("clip_frame_aggregation")
 
@@ -29,7 +30,7 @@ def test_frames_texts_and_similarities_agree_and_the_layout_goes_both_ways(tmp_p
     out = model(input_ids=text, pixel_values=video.flatten(0, 1))
     frames = out.image_embeds / out.image_embeds.norm(dim=-1, keepdim=True)
     words = out.text_embeds / out.text_embeds.norm(dim=-1, keepdim=True)
-    compare({"frames": ours.encode_frames(video.flatten(0, 1)), "text": ours.encode_text(text)}, {"frames": frames, "text": words})
+    assert_agree({"frames": ours.encode_frames(video.flatten(0, 1)), "text": ours.encode_text(text)}, {"frames": frames, "text": words})
 
     x = frames.unflatten(0, (2, 33)).numpy()
     mean = x.mean(1)
@@ -37,8 +38,8 @@ def test_frames_texts_and_similarities_agree_and_the_layout_goes_both_ways(tmp_p
     for name, part in (("mean", recipe.Mean.Config()), ("single", recipe.SingleFrame.Config())):
         ours.aggregate = part.build()
         got = ours.encode_text(text) @ ours.encode_video(video).T
-        compare({"similarity": got}, {"similarity": words @ torch.from_numpy(wanted[name]).T})
+        assert_agree({"similarity": got}, {"similarity": words @ torch.from_numpy(wanted[name]).T})
 
     export(ours.state_dict(), preset.config, recipe.weights["hf"], tmp_path / "back", preset.feed)
     again = reference("transformers").CLIPModel.from_pretrained(tmp_path / "back").eval()
-    compare({"frames": again(input_ids=text, pixel_values=video.flatten(0, 1)).image_embeds}, {"frames": frames})
+    assert_agree({"frames": again(input_ids=text, pixel_values=video.flatten(0, 1)).image_embeds}, {"frames": frames})

@@ -11,7 +11,8 @@ from polysense.base.catalogue import preset_of
 from polysense.base.errors import UserError
 from polysense.systems.align import clip_scaling
 from polysense.train.gradients import Call, backward
-from polysense.weights.convert import compare, export, import_
+from polysense.weights.convert import compare as assert_agree
+from polysense.weights.convert import export, import_
 
 CFG = {"embed_dim": 24, "quick_gelu": False,
        "vision_cfg": {"layers": 2, "width": 64, "head_width": 32, "image_size": 32, "patch_size": 8, "mlp_ratio": 3},
@@ -49,14 +50,14 @@ def test_loss_and_gradients_in_chunks_are_open_clips_on_the_whole_batch(chunk, t
     grads = clip_scaling.weights["open_clip"].keymap(preset.config).save({n: p.grad for n, p in ours.named_parameters()})
     theirs = {n: p.grad for n, p in model.named_parameters()}
     assert grads.keys() == theirs.keys()
-    compare({"loss": losses["contrast"]} | grads, {"loss": loss.detach()} | theirs)
+    assert_agree({"loss": losses["contrast"]} | grads, {"loss": loss.detach()} | theirs)
 
 
 @torch.no_grad()
 def test_laions_files_in_and_out(tmp_path):
     model, ours, preset = opened(tmp_path)
     batch = given()
-    compare({"image": ours.encode_image(batch["image"]), "text": ours.encode_text(batch["text"])},
+    assert_agree({"image": ours.encode_image(batch["image"]), "text": ours.encode_text(batch["text"])},
             {"image": model.encode_image(batch["image"], normalize=True), "text": model.encode_text(batch["text"], normalize=True)})
     export(ours.state_dict(), preset.config, clip_scaling.weights["open_clip"], tmp_path / "back", preset.feed)
     again = import_(tmp_path / "back", clip_scaling.weights["open_clip"], presets)[0]

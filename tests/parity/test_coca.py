@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 from polysense.base.catalogue import preset_of
 from polysense.base.errors import UserError
 from polysense.systems.align import coca
-from polysense.weights.convert import compare, export, import_
+from polysense.weights.convert import compare as assert_agree
+from polysense.weights.convert import export, import_
 
 VOCAB, LENGTH, DIM = 60, 12, 64
 
@@ -58,11 +59,11 @@ def test_features_logits_and_losses_both_ways(cfg, tmp_path):
         features = {"image": said["image_features"].view(4, DIM), "text": said["text_features"]}
         con, cap = loss(features["image"], features["text"], said["logits"], said["labels"], said["logit_scale"])
         mine = ours.both(ours.read({"image": image, "text": ids}))
-        compare({"image": ours.encode_image(image), "text": ours.encode_text(ids), "con": mine["contrast"], "cap": 2 * mine["caption"],
+        assert_agree({"image": ours.encode_image(image), "text": ours.encode_text(ids), "con": mine["contrast"], "cap": 2 * mine["caption"],
                  "logits": ours.tell(ours.text(ids).tokens[:, :-1], ours.vision(image).tokens)},
                 features | {"con": con, "cap": cap, "logits": said["logits"]})
         short = ids[2:, :6]                  # trimmed to the longest, as our batches are; theirs are always as long as the context
-        compare({"text": ours.encode_text(short)}, {"text": features["text"][2:]})
+        assert_agree({"text": ours.encode_text(short)}, {"text": features["text"][2:]})
 
     export(ours.state_dict(), preset.config, coca.weights["open_clip"], tmp_path / "back", preset.feed)
     about = json.loads((tmp_path / "back" / "open_clip_config.json").read_text())["model_cfg"]
@@ -70,7 +71,7 @@ def test_features_logits_and_losses_both_ways(cfg, tmp_path):
     from safetensors.torch import load_file
     again.load_state_dict(load_file(tmp_path / "back" / "open_clip_model.safetensors"))
     with torch.no_grad():
-        compare({"logits": again.eval()(image, ids)["logits"]}, {"logits": said["logits"]})
+        assert_agree({"logits": again.eval()(image, ids)["logits"]}, {"logits": said["logits"]})
 
 
 @torch.no_grad()
@@ -103,7 +104,7 @@ def test_the_mask_that_the_released_weights_should_have_had(tmp_path):
     ours, preset = import_(tmp_path, coca.weights["open_clip"], presets)
     right = preset.config.but(**{"text.sees": "words"}).build().eval()
     right.load_state_dict(ours.state_dict())
-    compare({"text": right.encode_text(ids)}, {"text": model.encode_text(ids)})
+    assert_agree({"text": right.encode_text(ids)}, {"text": model.encode_text(ids)})
     with pytest.raises(UserError, match="its own mask"):
         coca.weights["open_clip"].write(preset.config.but(**{"text.sees": "words"}))
 

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from polysense.base.catalogue import preset_of
 from polysense.base.errors import UserError
 from polysense.systems.backbone import vgg
-from polysense.weights.convert import compare, export, import_
+from polysense.weights.convert import compare as assert_agree
+from polysense.weights.convert import export, import_
 
 CLASSES = 5
 
@@ -39,10 +40,10 @@ def test_torchvision_in_and_out(tmp_path, name):
         maps = theirs.features(image)
         logits = theirs(image)
         hidden = theirs.classifier[:-1](theirs.avgpool(maps).flatten(1))
-        compare({"features": ours.backbone.map(image), "hidden": ours.backbone(image).pooled, "logits": ours.classify(image),
+        assert_agree({"features": ours.backbone.map(image), "hidden": ours.backbone(image).pooled, "logits": ours.classify(image),
                  "loss": ours.losses({"image": image, "label": label})["label"]},
                 {"features": maps, "hidden": hidden, "logits": logits, "loss": F.cross_entropy(logits, label)})
-    compare({"relu1": ours.backbone.features(image)[0]}, {"relu1": theirs.features[:2](image)})
+    assert_agree({"relu1": ours.backbone.features(image)[0]}, {"relu1": theirs.features[:2](image)})
     export(ours.state_dict(), preset.config, vgg.weights["torchvision"], tmp_path / "back", preset.feed)
     back = load_file(tmp_path / "back" / "model.safetensors")
     assert back.keys() == theirs.state_dict().keys() and all(torch.equal(v, back[k]) for k, v in theirs.state_dict().items())
@@ -63,7 +64,8 @@ def test_timm_vgg_has_its_dense_layers_as_convolutions(tmp_path):
     (tmp_path / "theirs" / "config.json").write_text(json.dumps({"architecture": "vgg16", "num_classes": CLASSES, "pretrained_cfg": cfg}))
     ours, preset = import_(tmp_path / "theirs", vgg.weights["timm"], lambda p: preset_of("vgg", p))
     image = torch.randn(1, 3, 224, 224)
-    compare({"logits": ours.classify(image), "features": ours.backbone.map(image)}, {"logits": theirs(image), "features": theirs.features(image)})
+    assert_agree({"logits": ours.classify(image), "features": ours.backbone.map(image)},
+                 {"logits": theirs(image), "features": theirs.features(image)})
     assert preset.feed.image.mean == (0.485, 0.456, 0.406)
     back = vgg.weights["timm"].keymap(preset.config).save(ours.state_dict())
     assert all(torch.equal(v, back[k]) for k, v in theirs.state_dict().items()) and len(back) == len(theirs.state_dict())

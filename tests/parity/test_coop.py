@@ -6,7 +6,8 @@ from reference import reference, shake
 from polysense.base.catalogue import preset_of
 from polysense.base.errors import UserError
 from polysense.systems.align import clip, coop
-from polysense.weights.convert import compare, export, import_
+from polysense.weights.convert import compare as assert_agree
+from polysense.weights.convert import export, import_
 
 VOCAB, LENGTH, WIDTH, DIM = 90, 20, 64, 24
 
@@ -55,7 +56,7 @@ def test_with_words_as_context_it_is_transformers_clip_with_that_template(theirs
     image = torch.randn(3, 3, 32, 32)
     said = model(input_ids=written, pixel_values=image)
     ours.text.meet(names())
-    compare({"text": ours.encode_text(names()), "logits": ours.classify(image)}, {"text": said.text_embeds, "logits": said.logits_per_image})
+    assert_agree({"text": ours.encode_text(names()), "logits": ours.classify(image)}, {"text": said.text_embeds, "logits": said.logits_per_image})
 
 
 @torch.no_grad()
@@ -74,7 +75,7 @@ def test_learned_vectors_as_the_authors_code_puts_them_together(theirs, released
         out = layer(x, attention_mask=causal[None, None])
         x = out[0] if isinstance(out, tuple) else out
     x = model.text_projection(text.final_layer_norm(x)[torch.arange(3), names().argmax(1) + 4])
-    compare({"text": ours.encode_text(names())}, {"text": x / x.norm(dim=-1, keepdim=True)})
+    assert_agree({"text": ours.encode_text(names())}, {"text": x / x.norm(dim=-1, keepdim=True)})
 
     export(ours.state_dict(), preset.config, coop.weights["official"], tmp_path / "back.pt")
     back = torch.load(tmp_path / "back.pt", weights_only=True)

@@ -17,7 +17,7 @@ def presets(name):
 
 
 @torch.no_grad()
-def compare(ours, model, image, mask):
+def assert_agree(ours, model, image, mask):
     for fill in (None, mask):
         want = model(image, bool_masked_pos=fill, output_hidden_states=True).hidden_states
         x = ours.encoder.embed(image, fill=None if fill is None else (fill, ours.hide.token))[0]
@@ -31,14 +31,14 @@ def test_transformers_in_and_out(tmp_path):
     image, mask = torch.randn(2, 3, 32, 32), torch.rand(2, 16) < 0.5
     model.save_pretrained(tmp_path / "theirs")
     ours, preset = import_(tmp_path / "theirs", data2vec_vision.weights["hf"], presets)
-    compare(ours, model, image, mask)
+    assert_agree(ours, model, image, mask)
     assert preset.config.sampler.hidden == round(120 / 196 * 16) and preset.config.target.top == 3
     ours.after_start()                                       # the average, which is not published, begins as the model
     held = model(image, output_hidden_states=True).hidden_states[1:]
     normed = torch.stack([torch.nn.functional.layer_norm(x[:, 1:], (32,)) for x in held]).mean(0)
     torch.testing.assert_close(ours.target.whole(image), torch.nn.functional.layer_norm(normed, (32,)), rtol=0, atol=1e-4)
     export(ours.state_dict(), preset.config, data2vec_vision.weights["hf"], tmp_path / "back", preset.feed)
-    compare(ours, hf.Data2VecVisionModel.from_pretrained(tmp_path / "back").eval(), image, mask)
+    assert_agree(ours, hf.Data2VecVisionModel.from_pretrained(tmp_path / "back").eval(), image, mask)
 
 
 def test_a_model_with_a_head_on_one_shared_table_is_read_and_others_are_refused(tmp_path):

@@ -8,7 +8,8 @@ from torch import nn
 from polysense.base.catalogue import preset_of
 from polysense.base.errors import UserError
 from polysense.systems.align import declip
-from polysense.weights.convert import compare, export, import_
+from polysense.weights.convert import compare as assert_agree
+from polysense.weights.convert import export, import_
 
 VOCAB, LENGTH = 100, 12
 
@@ -48,7 +49,7 @@ def test_released_files_in_and_out(tmp_path):
     want = {"image": F.normalize(seen, dim=-1), "text": F.normalize(head(clip.encode_text(ids)), dim=-1), "z": projector(seen),
             "p": predictor(projector(seen))}
     z = ours.projector(ours.image_head(ours.vision.pooled(image)))
-    compare({"image": ours.encode_image(image), "text": ours.encode_text(ids), "z": z, "p": ours.predictor(z)}, want)
+    assert_agree({"image": ours.encode_image(image), "text": ours.encode_text(ids), "z": z, "p": ours.predictor(z)}, want)
     tokens = ours.text(ids).tokens
     torch.testing.assert_close(ours.guess(tokens), guess(tokens))
     assert ours.log_scale.item() == 3.5 and ours.log_scale.ndim == 0
@@ -59,7 +60,7 @@ def test_released_files_in_and_out(tmp_path):
     folded |= {k.replace("linear", "bn").replace("bias", "running_mean") for k in folded}
     assert all(torch.equal(back[k], v) for k, v in state.items() if k not in folded)
     again, _ = import_(tmp_path / "back.pth.tar", declip.weights["official"], presets)
-    compare({"p": again.predictor(again.projector(seen))}, {"p": want["p"]})
+    assert_agree({"p": again.predictor(again.projector(seen))}, {"p": want["p"]})
 
 
 def test_what_the_layout_cannot_hold_is_refused():

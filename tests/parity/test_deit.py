@@ -7,7 +7,8 @@ from safetensors.torch import load_file
 from polysense.base.catalogue import preset_of
 from polysense.base.errors import UserError
 from polysense.systems.backbone import deit
-from polysense.weights.convert import compare, export, import_
+from polysense.weights.convert import compare as assert_agree
+from polysense.weights.convert import export, import_
 
 
 def presets(name: str):
@@ -29,14 +30,14 @@ def test_timm_in_and_out(tmp_path):
         return {"cls": one, "dist": two, "mean": model.eval()(image), "tokens": model.forward_features(image)}
     want = said(theirs)
     one, two = ours.both(image)
-    compare({"cls": one, "dist": two, "mean": ours.classify(image), "tokens": ours.vision(image).tokens}, want)
+    assert_agree({"cls": one, "dist": two, "mean": ours.classify(image), "tokens": ours.vision(image).tokens}, want)
     export(ours.state_dict(), preset.config, deit.weights["timm"], tmp_path / "back", preset.feed)
     again = timm.create_model(f"local-dir:{tmp_path / 'back'}", pretrained=True)
-    compare(said(again), want)
+    assert_agree(said(again), want)
     torch.save({"model": theirs.state_dict()}, tmp_path / "deit.pth")      # as the authors publish it; heads by the width alone
     bare = shake(timm.create_model("deit_tiny_distilled_patch16_224", img_size=32, patch_size=8, embed_dim=64, depth=1, num_heads=1, num_classes=5))
     torch.save({"model": bare.state_dict()}, tmp_path / "deit.pth")
-    compare({"mean": import_(tmp_path / "deit.pth", deit.weights["timm"], presets)[0].classify(image)}, {"mean": bare(image)})
+    assert_agree({"mean": import_(tmp_path / "deit.pth", deit.weights["timm"], presets)[0].classify(image)}, {"mean": bare(image)})
 
 
 @torch.no_grad()
@@ -52,12 +53,12 @@ def test_transformers_in_and_out_under_both_sets_of_names(tmp_path):
         out = model(image)
         return {"cls": out.cls_logits, "dist": out.distillation_logits, "mean": out.logits}
     one, two = ours.both(image)
-    compare({"cls": one, "dist": two, "mean": ours.classify(image)}, said(theirs))
+    assert_agree({"cls": one, "dist": two, "mean": ours.classify(image)}, said(theirs))
     table, on_disk = deit.weights["hf"].keymap(preset.config), load_file(tmp_path / "theirs" / "model.safetensors")
     a, b = table.load(on_disk), table.load(theirs.state_dict())
     assert a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
     export(ours.state_dict(), preset.config, deit.weights["hf"], tmp_path / "back", preset.feed)
-    compare(said(hf.DeiTForImageClassificationWithTeacher.from_pretrained(tmp_path / "back").eval()), said(theirs))
+    assert_agree(said(hf.DeiTForImageClassificationWithTeacher.from_pretrained(tmp_path / "back").eval()), said(theirs))
 
 
 def test_a_deit_without_the_second_token_is_told_where_to_go():

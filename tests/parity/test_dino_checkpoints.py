@@ -10,7 +10,8 @@ from torch import nn
 from polysense.base.catalogue import preset_of
 from polysense.base.errors import UserError
 from polysense.systems.selfsup import dino
-from polysense.weights.convert import compare, export, import_
+from polysense.weights.convert import compare as assert_agree
+from polysense.weights.convert import export, import_
 
 
 def presets(name: str):
@@ -28,10 +29,10 @@ def test_transformers_backbone_and_attention_in_and_out(tmp_path):
     image = torch.randn(2, 3, 32, 32)
     out = theirs(image, output_attentions=True)
     want = {"tokens": out.last_hidden_state, "attention": out.attentions[-1][:, :, 0, 1:].unflatten(-1, (4, 4))}
-    compare({"tokens": ours.tower(image).tokens, "attention": ours.attend(image)}, want)
+    assert_agree({"tokens": ours.tower(image).tokens, "attention": ours.attend(image)}, want)
     export(ours.state_dict(), preset.config, dino.weights["hf"], tmp_path / "back", preset.feed)
     again = hf.ViTModel.from_pretrained(tmp_path / "back", add_pooling_layer=False).eval()
-    compare({"tokens": again(image).last_hidden_state}, {"tokens": want["tokens"]})
+    assert_agree({"tokens": again(image).last_hidden_state}, {"tokens": want["tokens"]})
 
 
 @torch.no_grad()
@@ -42,7 +43,7 @@ def test_a_trained_system_writes_its_teachers_backbone(tmp_path):
     system.teacher.module["backbone"].cls.add_(1)
     export(system.state_dict(), preset.config, dino.weights["hf"], tmp_path / "hf", preset.feed)
     theirs, image = hf.ViTModel.from_pretrained(tmp_path / "hf", add_pooling_layer=False).eval(), torch.randn(1, 3, 32, 32)
-    compare({"tokens": system.tower(image).tokens}, {"tokens": theirs(image).last_hidden_state})
+    assert_agree({"tokens": system.tower(image).tokens}, {"tokens": theirs(image).last_hidden_state})
 
 
 class Head(nn.Module):
@@ -75,7 +76,7 @@ def test_the_authors_full_checkpoint_and_timm_at_two_sizes(tmp_path):
     ours, preset = import_(tmp_path / "full.pth", dino.weights["facebook"], presets)
     for side in (32, 16):                                     # the second reads interpolated positions
         image = torch.randn(2, 3, side, side)
-        compare({"student": ours.project(image), "teacher": ours.aim(image), "tokens": ours.tower(image).tokens},
+        assert_agree({"student": ours.project(image), "teacher": ours.aim(image), "tokens": ours.tower(image).tokens},
                 {"student": parts["student"]["head"](parts["student"]["backbone"](image)),
                  "teacher": parts["teacher"]["head"](parts["teacher"]["backbone"](image)),
                  "tokens": parts["teacher"]["backbone"].forward_features(image)})
@@ -91,7 +92,7 @@ def test_the_authors_backbone_alone(tmp_path):
     theirs, image = shake(vit()), torch.randn(2, 3, 32, 32)
     torch.save(theirs.state_dict(), tmp_path / "dino_pretrain.pth")
     ours, preset = import_(tmp_path / "dino_pretrain.pth", dino.weights["facebook"], presets)
-    compare({"tokens": ours.tower(image).tokens}, {"tokens": theirs.forward_features(image)})
+    assert_agree({"tokens": ours.tower(image).tokens}, {"tokens": theirs.forward_features(image)})
     export(ours.state_dict(), preset.config, dino.weights["facebook"], tmp_path / "back.pth")
     back = torch.load(tmp_path / "back.pth", weights_only=True)
     assert back.keys() == theirs.state_dict().keys() and all(torch.equal(v, back[k]) for k, v in theirs.state_dict().items())

@@ -8,7 +8,8 @@ from torch import nn
 from polysense.base.catalogue import preset_of
 from polysense.base.errors import UserError
 from polysense.systems.align import dual_triplet
-from polysense.weights.convert import compare, export, import_
+from polysense.weights.convert import compare as assert_agree
+from polysense.weights.convert import export, import_
 
 
 def presets(name: str):
@@ -29,7 +30,7 @@ def test_released_files_in_and_out(tmp_path, parallel):
     image, text = torch.randn(2, 3, 64, 64), torch.tensor([[1, 7, 30, 2, 0, 0], [1, 40, 41, 42, 43, 2]])
     states = rnn(embed(text))[0]
     want = {"image": F.normalize(fc(cnn(image)), dim=-1), "text": F.normalize(torch.stack([states[0, 3], states[1, 5]]), dim=-1)}
-    compare({"image": ours.encode_image(image), "text": ours.encode_text(text)}, want)
+    assert_agree({"image": ours.encode_image(image), "text": ours.encode_text(text)}, want)
     export(ours.state_dict(), preset.config, dual_triplet.weights["official"], tmp_path / "back.pt")
     back = torch.load(tmp_path / "back.pt", weights_only=True)
     plain = {k.replace("cnn.module.", "cnn."): v for k, v in state.items()}

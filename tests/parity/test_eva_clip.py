@@ -12,7 +12,8 @@ from polysense.base.errors import UserError
 from polysense.objectives.contrastive import info_nce
 from polysense.systems.align import eva_clip
 from polysense.towers.eva import eva02
-from polysense.weights.convert import compare, export, import_
+from polysense.weights.convert import compare as assert_agree
+from polysense.weights.convert import export, import_
 
 TEXT = {"context_length": 12, "vocab_size": 100, "width": 64, "heads": 1, "layers": 2}
 ARGS = {"eva02_base_patch16_clip_224": {"img_size": 32, "patch_size": 8, "embed_dim": 128, "depth": 2, "num_heads": 2},
@@ -53,10 +54,10 @@ def test_features_and_loss_are_open_clips_in_and_out(name, tmp_path, monkeypatch
     image, text = torch.randn(3, 3, 32, 32), words()
     want = {"image": theirs.encode_image(image, normalize=True), "text": theirs.encode_text(text, normalize=True)}
     got = {"image": ours.encode_image(image), "text": ours.encode_text(text)}
-    compare(got, want)
+    assert_agree(got, want)
     logits = theirs.logit_scale.exp().clamp(max=100) * want["image"] @ want["text"].T
     target = (F.cross_entropy(logits, torch.arange(3)) + F.cross_entropy(logits.T, torch.arange(3))) / 2
-    compare({"loss": info_nce(got["image"], got["text"], ours.scale)}, {"loss": target})
+    assert_agree({"loss": info_nce(got["image"], got["text"], ours.scale)}, {"loss": target})
     back = eva_clip.weights["open_clip"].keymap(preset.config).save(ours.state_dict())
     state = theirs.state_dict()
     assert back.keys() == state.keys() and all(torch.equal(back[k].reshape(state[k].shape), state[k]) for k in back)
@@ -75,14 +76,14 @@ def test_the_tower_alone_is_timms_with_some_patches_too():
     ours = config.vision.build().eval()
     ours.load_state_dict({k.removeprefix("vision."): v for k, v in state.items()})
     image = torch.randn(4, 3, 32, 32)
-    compare({"tokens": ours(image).tokens}, {"tokens": theirs.forward_features(image)})
+    assert_agree({"tokens": ours(image).tokens}, {"tokens": theirs.forward_features(image)})
     kept: list[torch.Tensor] = []
     theirs.patch_drop.register_forward_hook(lambda m, args, out: kept.append(out[1]))
     theirs.train()
     torch.manual_seed(3)
     want = theirs.forward_features(image)
     assert kept[0].shape == (4, 8)
-    compare({"part": ours(image, keep=kept[0]).tokens}, {"part": want})
+    assert_agree({"part": ours(image, keep=kept[0]).tokens}, {"part": want})
 
 
 @torch.no_grad()
@@ -101,7 +102,7 @@ def test_the_released_names_mean_the_same(tmp_path, monkeypatch):
     torch.save(state | rope, tmp_path / "EVA02_CLIP_B.pt")
     ours, preset = import_(tmp_path / "EVA02_CLIP_B.pt", eva_clip.weights["official"], presets)
     image, text = torch.randn(3, 3, 32, 32), words()
-    compare({"image": ours.encode_image(image), "text": ours.encode_text(text)},
+    assert_agree({"image": ours.encode_image(image), "text": ours.encode_text(text)},
             {"image": theirs.encode_image(image, normalize=True), "text": theirs.encode_text(text, normalize=True)})
     export(ours.state_dict(), preset.config, eva_clip.weights["official"], tmp_path / "back", preset.feed)
     file = next((tmp_path / "back").iterdir())

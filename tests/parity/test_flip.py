@@ -11,7 +11,8 @@ from polysense.base.catalogue import preset_of
 from polysense.base.errors import UserError
 from polysense.nn.masking import masking_of
 from polysense.systems.align import flip
-from polysense.weights.convert import compare, export, import_
+from polysense.weights.convert import compare as assert_agree
+from polysense.weights.convert import export, import_
 
 VISION = {"layers": 2, "width": 64, "head_width": 16, "image_size": 32, "patch_size": 8, "patch_dropout": 0.5}
 TEXT = {"context_length": 12, "vocab_size": 100, "width": 64, "heads": 4, "layers": 2}
@@ -47,7 +48,7 @@ def test_the_same_choice_of_patches_gives_the_same_features(pair):
     torch.manual_seed(3)
     rows = torch.randn(5, 16).topk(8, dim=-1).indices                        # how PatchDropout draws
     masking = masking_of(torch.ones(5, 16, dtype=torch.bool).scatter_(1, rows, False))
-    compare({"part": ours.encode_part(image, masking)}, {"part": want})
+    assert_agree({"part": ours.encode_part(image, masking)}, {"part": want})
     masking = ours.sampler(5, (4, 4))
     assert masking.visible + 1 == kept[0][1]
     theirs.eval()
@@ -59,11 +60,11 @@ def test_whole_pictures_and_texts_in_and_out(pair, tmp_path):
     image, text = torch.randn(3, 3, 32, 32), torch.randint(3, 98, (3, 12))
     text[:, -1] = 99
     want = {"image": theirs.encode_image(image, normalize=True), "text": theirs.encode_text(text, normalize=True)}
-    compare({"image": ours.encode_image(image), "text": ours.encode_text(text)}, want)
+    assert_agree({"image": ours.encode_image(image), "text": ours.encode_text(text)}, want)
     export(ours.state_dict(), preset.config, flip.weights["open_clip"], tmp_path / "back", preset.feed)
     again = reference("open_clip").CLIP(**json.loads((tmp_path / "back" / "open_clip_config.json").read_text())["model_cfg"]).eval()
     again.load_state_dict(load_file(tmp_path / "back" / "open_clip_model.safetensors"), strict=True)
-    compare({"image": F.normalize(again.encode_image(image), dim=-1), "text": F.normalize(again.encode_text(text), dim=-1)}, want)
+    assert_agree({"image": F.normalize(again.encode_image(image), dim=-1), "text": F.normalize(again.encode_text(text), dim=-1)}, want)
 
 
 def test_big_g_is_open_clips(tmp_path):

@@ -10,7 +10,8 @@ from torch import nn
 from polysense.base.catalogue import preset_of
 from polysense.base.errors import UserError
 from polysense.systems.selfsup import dinov2, ibot
-from polysense.weights.convert import compare, export, import_
+from polysense.weights.convert import compare as assert_agree
+from polysense.weights.convert import export, import_
 
 
 def of(system: str):
@@ -50,13 +51,13 @@ def test_ibots_full_checkpoint(tmp_path):
     image, mask = torch.randn(2, 3, 32, 32), torch.rand(2, 16) > 0.5
     held, teacher, net = ours.teacher.module, parts["teacher"], parts["student"]["backbone"]
     tokens = teacher["backbone"].forward_features(image)
-    compare({"teacher tokens": held["backbone"](image).tokens, "teacher patches": held["projector"](held["backbone"](image).tokens[:, 1:]),
+    assert_agree({"teacher tokens": held["backbone"](image).tokens, "teacher patches": held["projector"](held["backbone"](image).tokens[:, 1:]),
              "student": ours.project(image)},
             {"teacher tokens": tokens, "teacher patches": teacher["head"](tokens[:, 1:]), "student": parts["student"]["head"](net(image))})
     x = net.patch_embed(image).flatten(1, -2)                                        # the masked forward pass, by the same patch embeddings
     x = torch.where(mask[..., None], masked, x)
     x = torch.cat([net.cls_token.expand(2, -1, -1), x], 1) + net.pos_embed
-    compare({"masked": ours.backbone(image, fill=(mask, ours.hide.token)).tokens}, {"masked": net.norm(net.blocks(x))})
+    assert_agree({"masked": ours.backbone(image, fill=(mask, ours.hide.token)).tokens}, {"masked": net.norm(net.blocks(x))})
     assert torch.equal(ours.centre.value, centres["center"][0]) and torch.equal(ours.patch_centre.value, centres["center2"][0, 0])
     export(ours.state_dict(), preset.config, ibot.weights["bytedance"], tmp_path / "back.pth")
     back = torch.load(tmp_path / "back.pth", weights_only=True)
@@ -72,7 +73,7 @@ def test_ibots_teacher_backbone_alone_at_two_sizes(tmp_path):
     ours, preset = import_(tmp_path / "checkpoint_teacher.pth", ibot.weights["bytedance"], of("ibot"))
     for side in (32, 48):
         image = torch.randn(1, 3, side, side)
-        compare({"tokens": ours.tower(image).tokens}, {"tokens": theirs.forward_features(image)})
+        assert_agree({"tokens": ours.tower(image).tokens}, {"tokens": theirs.forward_features(image)})
     export(ours.state_dict(), preset.config, ibot.weights["bytedance"], tmp_path / "back.pth")
     back = torch.load(tmp_path / "back.pth", weights_only=True)
     assert back.keys() == theirs.state_dict().keys() and all(torch.equal(v, back[k]) for k, v in theirs.state_dict().items())
@@ -103,10 +104,10 @@ def test_transformers_dinov2_at_two_sizes_masked_and_not(tmp_path, kind):
             "pooled": theirs(image).pooler_output}
     got = {"tokens": ours.tower(image).tokens, "larger": ours.tower(large).tokens, "pooled": ours.tower.pooled(image),
            "masked": ours.tower(image, fill=(mask, ours.hide.token)).tokens}
-    compare(got, want)
+    assert_agree(got, want)
     export(ours.state_dict(), preset.config, dinov2.weights["hf"], tmp_path / "back", preset.feed)
     again = type(theirs).from_pretrained(tmp_path / "back").eval()
-    compare({"tokens": whole(again, image), "masked": whole(again, image, bool_masked_pos=mask)}, {k: want[k] for k in ("tokens", "masked")})
+    assert_agree({"tokens": whole(again, image), "masked": whole(again, image, bool_masked_pos=mask)}, {k: want[k] for k in ("tokens", "masked")})
 
 
 @pytest.mark.parametrize("kind", ["plain", "gated", "registers"])
@@ -129,7 +130,7 @@ def test_the_authors_files_hold_what_timm_computes(tmp_path, kind):
     ours, preset = import_(tmp_path / "dinov2_pretrain.pth", dinov2.weights["facebook"], of("dinov2"))
     many, image = 3 if kind == "registers" else 0, torch.randn(2, 3, 56, 56)
     x = theirs.forward_features(image)
-    compare({"tokens": ours.tower(image).tokens}, {"tokens": torch.cat([x[:, :1], x[:, 1 + many:]], 1)})
+    assert_agree({"tokens": ours.tower(image).tokens}, {"tokens": torch.cat([x[:, :1], x[:, 1 + many:]], 1)})
     export(ours.state_dict(), preset.config, dinov2.weights["facebook"], tmp_path / "back.pth")
     back = torch.load(tmp_path / "back.pth", weights_only=True)
     assert back.keys() == state.keys() and all(torch.equal(v, back[k]) for k, v in state.items())
@@ -143,7 +144,7 @@ def test_a_trained_dinov2_writes_its_teachers_tower(tmp_path):
     system.teacher.module["backbone"].cls.add_(1)
     export(system.state_dict(), preset.config, dinov2.weights["hf"], tmp_path / "hf", preset.feed)
     theirs, image = reference("transformers").Dinov2Model.from_pretrained(tmp_path / "hf").eval(), torch.randn(1, 3, 32, 32)
-    compare({"tokens": system.tower(image).tokens}, {"tokens": theirs(image).last_hidden_state})
+    assert_agree({"tokens": system.tower(image).tokens}, {"tokens": theirs(image).last_hidden_state})
 
 
 def test_foreign_cut_and_empty_files_are_refused_in_one_line(tmp_path):

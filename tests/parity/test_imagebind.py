@@ -11,7 +11,8 @@ from polysense.base.catalogue import preset_of
 from polysense.base.errors import UserError
 from polysense.nn.norm import LayerNorm
 from polysense.weights import clip_openai
-from polysense.weights.convert import compare, export, import_
+from polysense.weights.convert import compare as assert_agree
+from polysense.weights.convert import export, import_
 
 recipe = polysense.load("imagebind")
 LAYOUT = recipe.weights["official"]
@@ -117,7 +118,7 @@ def test_the_released_layout_in_and_out(tmp_path):
              "thermal": torch.rand(3, 1, 32, 32), "imu": torch.randn(3, 6, 2000)}
     theirs_reads = given | {"audio": ours.audio.tower.front(sound)}
     want = {n: theirs.encode("vision" if n == "image" else n, x) for n, x in theirs_reads.items()}
-    compare(ours.scaled(given), want)
+    assert_agree(ours.scaled(given), want)
     place = export(ours.state_dict(), preset.config, LAYOUT, tmp_path / "back", preset.feed)
     file = next(place.iterdir())
     state = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
@@ -146,11 +147,11 @@ def test_frozen_towers_are_open_clips():
     ours.vision.load_state_dict(state)
     ours.image_head.weight.copy_(theirs.proj.T)
     image = torch.randn(3, 3, 16, 16)
-    compare({"image": ours.encode_image(image)}, {"image": F.normalize(theirs(image), dim=-1)})
+    assert_agree({"image": ours.encode_image(image)}, {"image": F.normalize(theirs(image), dim=-1)})
     words = shake(open_clip.TextTransformer(context_length=LENGTH, vocab_size=VOCAB, width=32, layers=2, heads=4, output_dim=DIM))
     words.attn_mask.copy_(torch.full((LENGTH, LENGTH), float("-inf")).triu_(1))
     ours.text.load_state_dict(clip_openai.TEXT.load({k: v for k, v in words.state_dict().items() if k != "text_projection"}))
     ours.text_head.weight.copy_(words.text_projection.T)
     text = torch.randint(3, 40, (3, LENGTH))
     text[:, 7] = VOCAB - 1
-    compare({"text": ours.encode_text(text)}, {"text": F.normalize(words(text), dim=-1)})
+    assert_agree({"text": ours.encode_text(text)}, {"text": F.normalize(words(text), dim=-1)})

@@ -14,7 +14,8 @@ from polysense.base.catalogue import preset_of
 from polysense.base.errors import UserError
 from polysense.nn.mel import MelChunks
 from polysense.objectives.contrastive import info_nce
-from polysense.weights.convert import compare, export, import_
+from polysense.weights.convert import compare as assert_agree
+from polysense.weights.convert import export, import_
 
 recipe = polysense.load("languagebind")
 LAYOUT = recipe.weights["hf"]
@@ -103,12 +104,12 @@ def test_features_and_loss_are_clips_in_and_out(name, tmp_path):
     words = theirs.text_model(text).pooler_output if hasattr(theirs, "text_model") else None
     want = {"seen": image_features(theirs, seen), "text": F.normalize(theirs.text_projection(words), dim=-1)}
     got = {"seen": getattr(ours, f"encode_{name}")(given), "text": ours.encode_text(text)}
-    compare(got, want)
+    assert_agree(got, want)
     logits = theirs.logit_scale.exp().clamp(max=100) * want["seen"] @ want["text"].T
     loss = (F.cross_entropy(logits, torch.arange(3)) + F.cross_entropy(logits.T, torch.arange(3))) / 2
-    compare({"loss": info_nce(got["seen"], got["text"], own.scale)}, {"loss": loss})
+    assert_agree({"loss": info_nce(got["seen"], got["text"], own.scale)}, {"loss": loss})
     if name == "image":                      # the very call of transformers' model
-        compare({"seen": got["seen"]}, {"seen": F.normalize(theirs.visual_projection(theirs.vision_model(given).pooler_output), dim=-1)})
+        assert_agree({"seen": got["seen"]}, {"seen": F.normalize(theirs.visual_projection(theirs.vision_model(given).pooler_output), dim=-1)})
     export(ours.state_dict(), preset.config, LAYOUT, tmp_path / "back", preset.feed)
     back, state = load_file(tmp_path / "back" / "model.safetensors"), load_file(tmp_path / "model.safetensors")
     assert back.keys() == state.keys() and all(torch.equal(back[k].reshape(v.shape), v) for k, v in state.items())
@@ -136,12 +137,12 @@ def test_updates_as_peft_saves_them_are_read_and_merge(tmp_path):
     ours, preset = import_(tmp_path, LAYOUT, presets)
     twin, bare = import_(plain, LAYOUT, presets)
     assert preset.config.depth.adapter.rank == 2 and bare.config.depth.adapter is None
-    compare({"depth": ours.encode_depth(sample("depth"))}, {"depth": twin.encode_depth(sample("depth"))})
+    assert_agree({"depth": ours.encode_depth(sample("depth"))}, {"depth": twin.encode_depth(sample("depth"))})
     newer = {k.replace(".weight", ".base_layer.weight").replace(".bias", ".base_layer.bias")
              if ".base_model." in k and ".self_attn." in k and "lora" not in k else k: v
              for k, v in state.items()}
     save_file(newer, tmp_path / "model.safetensors")
-    compare({"depth": import_(tmp_path, LAYOUT, presets)[0].encode_depth(sample("depth"))}, {"depth": ours.encode_depth(sample("depth"))})
+    assert_agree({"depth": import_(tmp_path, LAYOUT, presets)[0].encode_depth(sample("depth"))}, {"depth": ours.encode_depth(sample("depth"))})
     export(ours.state_dict(), preset.config, LAYOUT, tmp_path / "back", preset.feed)
     back = load_file(tmp_path / "back" / "model.safetensors")
     assert back.keys() == state.keys() and all(torch.equal(back[k].reshape(v.shape), v) for k, v in state.items())

@@ -70,7 +70,7 @@ def published(model, path, config):
     return path
 
 
-def agree(ours, theirs, rows, image):
+def assert_agree(ours, theirs, rows, image):
     """Row by row (theirs takes no batch of different numbers of pictures), and ours in one batch besides."""
     text = padded(rows)
     for i, (row, images) in enumerate(zip(rows, (image[:1], image[1:3], None), strict=True)):
@@ -92,7 +92,7 @@ def agree(ours, theirs, rows, image):
 def test_features_logits_and_loss_of_both_key_layouts(theirs, batch, tmp_path):
     path = published(theirs, tmp_path / "published", theirs.config.to_dict())
     ours, preset = import_(path, llava_hf.LAYOUT, lambda name: preset_of("llava_1_5", name))
-    agree(ours, theirs, *batch)
+    assert_agree(ours, theirs, *batch)
     assert preset.config.image_token == PLACE and preset.feed.image.size == 16
     theirs.save_pretrained(tmp_path / "saved")
     again, _ = import_(tmp_path / "saved", llava_hf.LAYOUT, lambda name: preset_of("llava_1_5", name))
@@ -107,7 +107,7 @@ def test_ours_opens_in_transformers(batch, tmp_path):
     ours = shake(config.build())
     export(dict(ours.state_dict()), config, llava_hf.LAYOUT, tmp_path / "out", preset_of("llava_1_5", "paper").feed)
     theirs = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
-    agree(ours, theirs, *batch)
+    assert_agree(ours, theirs, *batch)
 
 
 @torch.no_grad()
@@ -137,7 +137,7 @@ def test_llava_is_the_same_with_one_linear(theirs, batch, tmp_path):
     save_file(state, tmp_path / "authors" / "model.safetensors")
     (tmp_path / "authors" / "config.json").write_text(json.dumps(llava_hf.write_official(config)))
     ours, _ = import_(tmp_path / "authors", llava.weights["official"], lambda name: preset_of("llava", name))
-    agree(ours, changed, *batch)
+    assert_agree(ours, changed, *batch)
     export(dict(ours.state_dict()), config, llava.weights["official"], tmp_path / "back")
     back = load_file(tmp_path / "back" / "model.safetensors")
     assert set(back) == set(state) and all(torch.equal(back[k], state[k]) for k in back)

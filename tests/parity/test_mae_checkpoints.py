@@ -11,7 +11,8 @@ from polysense.base.errors import UserError
 from polysense.nn.position import sincos_2d
 from polysense.objectives.masked import masked_mse
 from polysense.systems.selfsup import mae
-from polysense.weights.convert import compare, export, import_
+from polysense.weights.convert import compare as assert_agree
+from polysense.weights.convert import export, import_
 
 SIZES = {"image_size": 32, "patch_size": 8, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96,
          "decoder_hidden_size": 32, "decoder_num_hidden_layers": 2, "decoder_num_attention_heads": 4, "decoder_intermediate_size": 48}
@@ -46,7 +47,7 @@ def test_transformers_in_and_out_under_all_names(tmp_path, norm):
     system, preset = import_(tmp_path / "theirs", mae.weights["hf"], presets)
     image, noise = torch.randn(3, 3, 32, 32), torch.rand(3, 16)
     want = theirs(peer, image, noise)
-    compare(ours(system, image, noise), want)
+    assert_agree(ours(system, image, noise), want)
     assert preset.config.target.norm == ("patch" if norm else "none") and preset.config.sampler.ratio == 0.6
 
     table = mae.weights["hf"].keymap(preset.config)
@@ -57,7 +58,7 @@ def test_transformers_in_and_out_under_all_names(tmp_path, norm):
     assert "decoder.decoder_layers.1.attention.attention.query.weight" in written and "vit.encoder.layer.0.output.dense.bias" in written
     again, notes = hf.ViTMAEForPreTraining.from_pretrained(tmp_path / "back", output_loading_info=True)
     assert not notes["missing_keys"] and not notes["unexpected_keys"]
-    compare(theirs(again.eval(), image, noise), want)
+    assert_agree(theirs(again.eval(), image, noise), want)
 
 
 @pytest.mark.parametrize("grid", [(4, 4), (3, 5)])
@@ -92,7 +93,7 @@ def test_the_authors_files_in_and_out(tmp_path):
     torch.save({"model": state, "epoch": 1}, tmp_path / "mae.pth")
     system, preset = import_(tmp_path / "mae.pth", mae.weights["facebook"], presets)
     image, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
-    compare(ours(system, image, noise), theirs(peer, image, noise))
+    assert_agree(ours(system, image, noise), theirs(peer, image, noise))
     export(system.state_dict(), preset.config, mae.weights["facebook"], tmp_path / "back.pth")
     back = torch.load(tmp_path / "back.pth", weights_only=True)
     assert back.keys() == state.keys() and all(torch.equal(v, back[k]) for k, v in state.items())
@@ -115,7 +116,7 @@ def test_the_encoder_is_timms_vit():
     system.encoder.load_state_dict(VISION.load(peer.state_dict()))
     image = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        compare({"tokens": system.encoder(image).tokens}, {"tokens": peer.forward_features(image)})
+        assert_agree({"tokens": system.encoder(image).tokens}, {"tokens": peer.forward_features(image)})
 
 
 @pytest.mark.parametrize("case", ["other model", "no config", "empty", "cut"])

@@ -5,7 +5,7 @@ from reference import reference, shake
 from polysense.nn.masking import masking_by
 from polysense.systems.align import mae_clip
 from polysense.weights import mae_hf
-from polysense.weights.convert import compare
+from polysense.weights.convert import compare as assert_agree
 from polysense.weights.keymap import load_into
 
 
@@ -31,9 +31,9 @@ def test_drawing_is_vit_maes_and_contrast_open_clips():
     drawn = system.draw(image, masking)
     want = out.logits.gather(1, masking.hidden[..., None].expand(-1, -1, 192))
     loss = (drawn - system.target(image, masking)).square().mean()
-    compare({"drawn": drawn, "loss": loss}, {"drawn": want, "loss": out.loss})
+    assert_agree({"drawn": drawn, "loss": loss}, {"drawn": want, "loss": out.loss})
 
     text = torch.randint(5, 90, (3, 8))
     seen = system.embed_masked({"image": image, "text": text})
     clip = reference("open_clip").ClipLoss()(seen["image"], seen["text"], system.scale)
-    compare({"contrast": system.compare_masked(seen)["contrast"]}, {"contrast": clip})
+    assert_agree({"contrast": system.compare_masked(seen)["contrast"]}, {"contrast": clip})

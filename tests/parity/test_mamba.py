@@ -6,7 +6,8 @@ from safetensors.torch import load_file, save_file
 
 from polysense.base.catalogue import preset_of
 from polysense.systems.backbone import mamba
-from polysense.weights.convert import compare, export, import_
+from polysense.weights.convert import compare as assert_agree
+from polysense.weights.convert import export, import_
 
 
 def theirs():
@@ -40,10 +41,10 @@ def test_transformers_in_and_out_logits_loss_and_both_states(tmp_path):
         past = next(t for t in kept if t.shape[1] == 64 and t.ndim == 3 and t.shape[-1] in (3, 4))
         want |= {f"ssm {i}": ssm, f"conv {i}": past[..., -3:]}
         got |= {f"ssm {i}": h, f"conv {i}": conv}
-    compare(got, want)
+    assert_agree(got, want)
     export(ours.state_dict(), preset.config, mamba.weights["hf"], tmp_path / "back", preset.feed)
     again = hf.MambaForCausalLM.from_pretrained(tmp_path / "back").eval()
-    compare({"logits": again(text).logits}, {"logits": out.logits})
+    assert_agree({"logits": again(text).logits}, {"logits": out.logits})
 
 
 @torch.no_grad()
@@ -53,7 +54,7 @@ def test_the_authors_name_for_the_embedding(tmp_path):
     save_file(state, tmp_path / "model.safetensors")
     ours, _ = import_(tmp_path, mamba.weights["hf"], lambda name: preset_of("mamba", name))
     text = torch.randint(1, 50, (1, 9))
-    compare({"logits": ours.language.logits(ours.language(text).tokens)}, {"logits": model(text).logits})
+    assert_agree({"logits": ours.language.logits(ours.language(text).tokens)}, {"logits": model(text).logits})
     assert load_file(tmp_path / "model.safetensors").keys() == state.keys()
 
 

@@ -10,7 +10,8 @@ from torch import nn
 from polysense.base.catalogue import preset_of
 from polysense.base.errors import UserError
 from polysense.systems.selfsup import moco
-from polysense.weights.convert import compare, export, import_
+from polysense.weights.convert import compare as assert_agree
+from polysense.weights.convert import export, import_
 
 LAYOUT = moco.weights["facebook"]
 
@@ -63,9 +64,9 @@ def test_queue_versions(tmp_path, version):
     state = saved(tmp_path / "m.pth.tar", {"encoder_q": q, "encoder_k": k}, queue=torch.randn(16, 40), queue_ptr=torch.tensor([8]))
     system, preset = there_and_back(tmp_path / "m.pth.tar", state, tmp_path)
     image = torch.randn(2, 3, 64, 64)
-    compare({"q": system.project(image), "k": system.aim(image)}, {"q": q(image), "k": k(image)})
+    assert_agree({"q": system.project(image), "k": system.aim(image)}, {"q": q(image), "k": k(image)})
     features = nn.Sequential(*list(q.children())[:-1])(image).flatten(1)
-    compare({"features": system.encode_image(image)}, {"features": nn.functional.normalize(features, dim=-1)})
+    assert_agree({"features": system.encode_image(image)}, {"features": nn.functional.normalize(features, dim=-1)})
     assert torch.equal(system.queue.keys, state["queue"].T) and int(system.queue.pointer) == 8
     assert preset.config.temperature == (0.07 if version == "v1" else 0.2)
 
@@ -77,7 +78,7 @@ def test_a_file_of_the_query_encoder_alone_gives_its_features(tmp_path):
     system, _ = there_and_back(tmp_path / "m.pth.tar", state, tmp_path)
     assert system.teacher is None and system.queue is None
     image = torch.randn(1, 3, 64, 64)
-    compare({"q": system.project(image)}, {"q": q(image)})
+    assert_agree({"q": system.project(image)}, {"q": q(image)})
 
 
 @torch.no_grad()
@@ -95,7 +96,7 @@ def test_v3_of_a_vit(tmp_path):
     want = {"tokens": one.forward_features(image), "projection": one(image), "prediction": predictor(one(image)), "key": two(image)}
     got = {"tokens": system.backbone(image).tokens, "projection": system.project(image), "prediction": system.predictor(system.project(image)),
            "key": system.aim(image)}
-    compare(got, want)
+    assert_agree(got, want)
 
 
 @torch.no_grad()
@@ -104,7 +105,7 @@ def test_v3_of_a_resnet(tmp_path):
     state = saved(tmp_path / "m.pth.tar", {"base_encoder": one, "momentum_encoder": two, "predictor": predictor})
     system, _ = there_and_back(tmp_path / "m.pth.tar", state, tmp_path)
     image = torch.randn(2, 3, 64, 64)
-    compare({"prediction": system.predictor(system.project(image)), "key": system.aim(image)},
+    assert_agree({"prediction": system.predictor(system.project(image)), "key": system.aim(image)},
             {"prediction": predictor(one(image)), "key": two(image)})
 
 

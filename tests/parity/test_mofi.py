@@ -5,7 +5,8 @@ from reference import reference, shake
 
 from polysense.base.catalogue import preset_of
 from polysense.systems.align import mofi
-from polysense.weights.convert import compare, export, import_
+from polysense.weights.convert import compare as assert_agree
+from polysense.weights.convert import export, import_
 
 
 def presets(name: str):
@@ -24,7 +25,7 @@ def test_towers_in_and_out(tmp_path):
     image, ids = torch.randn(3, 3, 32, 32), torch.randint(3, 49, (3, 12))
     ids[:, -1] = 50
     out = theirs(input_ids=ids, pixel_values=image)
-    compare({"image": ours.encode_image(image), "text": ours.encode_text(ids)},
+    assert_agree({"image": ours.encode_image(image), "text": ours.encode_text(ids)},
             {"image": F.normalize(out.image_embeds, dim=-1), "text": F.normalize(out.text_embeds, dim=-1)})
     export(ours.state_dict(), preset.config, mofi.weights["hf"], tmp_path / "back", preset.feed)
     again = hf.CLIPModel.from_pretrained(tmp_path / "back").state_dict()

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from polysense.base.catalogue import preset_of
 from polysense.base.errors import UserError
 from polysense.systems.backbone import nfnet
-from polysense.weights.convert import compare, import_
+from polysense.weights.convert import compare as assert_agree
+from polysense.weights.convert import import_
 
 
 def small():
@@ -34,7 +35,7 @@ def test_timm_nfnet_in_and_out(tmp_path):
         image, label = torch.randn(2, 3, size, size), torch.tensor([0, 4])
         maps = theirs.forward_intermediates(image, intermediates_only=True)[1:]
         logits, got = theirs(image), ours.backbone.features(image)
-        compare({**{f"stage {s}": got[s] for s in range(3)}, "logits": ours.classify(image),
+        assert_agree({**{f"stage {s}": got[s] for s in range(3)}, "logits": ours.classify(image),
                  "feature": ours.backbone(image).pooled, "loss": ours.losses({"image": image, "label": label})["label"]},
                 {**{f"stage {s}": maps[s] for s in range(3)}, "logits": logits,
                  "feature": theirs.forward_head(theirs.forward_features(image), pre_logits=True),

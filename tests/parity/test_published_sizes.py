@@ -13,7 +13,7 @@ def shapes(state: dict) -> dict[str, tuple[int, ...]]:
     return {k: tuple(v.shape) for k, v in state.items()}
 
 
-def check(system: str, layout: Layout, config: dict, state: dict, preset: str) -> None:
+def assert_known(system: str, layout: Layout, config: dict, state: dict, preset: str) -> None:
     """What the file says builds the very names and shapes that are in it, and it is the preset of our own that should be it."""
     name, overrides = layout.read(config, state)
     read = preset_of(system, name).but(**overrides)
@@ -32,7 +32,7 @@ def test_transformers_defaults_are_clip_vit_b_32():
     config = hf.CLIPConfig().to_dict()
     with torch.device("meta"):
         state = hf.CLIPModel(hf.CLIPConfig()).state_dict()
-    check("clip", clip.weights["hf"], config, state, "vit_b_32")
+    assert_known("clip", clip.weights["hf"], config, state, "vit_b_32")
     # the configuration of 2021 says things twice; the second counts, and 2 means the largest id
     old = {"model_type": "clip", "projection_dim": 512, "text_config": {"hidden_size": 8, "eos_token_id": 2}, "text_config_dict": {"eos_token_id": 2},
            "vision_config": {"patch_size": 32}, "vision_config_dict": None}
@@ -47,8 +47,8 @@ def test_open_clip_configurations_and_openai_shapes(name, preset):
     config = open_clip.get_model_config(name)
     with torch.device("meta"):
         state = open_clip.CLIP(**{k: v for k, v in config.items() if k in ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")}).state_dict()
-    check("clip", clip.weights["open_clip"], {"model_cfg": config}, state, preset)
-    check("clip", clip.weights["openai"], {}, state, preset)
+    assert_known("clip", clip.weights["open_clip"], {"model_cfg": config}, state, preset)
+    assert_known("clip", clip.weights["openai"], {}, state, preset)
 
 
 @pytest.mark.parametrize("name, system, preset", [("vit_base_patch16_384", "vit", "finetune"), ("resnet50", "resnet", "resnet50"),
@@ -59,7 +59,7 @@ def test_timm_architectures(name, system, preset):
         model = timm.create_model(name)
     published = {k: v for k, v in model.pretrained_cfg.items() if k in ("mean", "std", "interpolation", "input_size", "crop_mode")}
     config = {"architecture": name, "num_classes": 1000, "pretrained_cfg": published}
-    check(system, {"vit": vit, "resnet": resnet}[system].weights["timm"], config, model.state_dict(), preset)
+    assert_known(system, {"vit": vit, "resnet": resnet}[system].weights["timm"], config, model.state_dict(), preset)
 
 
 @pytest.mark.parametrize("system, preset, kind", [("vit", "finetune", "ViT"), ("resnet", "resnet50", "ResNet"), ("resnet", "paper", "ResNet")])
@@ -71,4 +71,5 @@ def test_transformers_backbones(system, preset, kind, tmp_path):
         state = layout.keymap(ours).save(ours.build().state_dict())
         theirs = getattr(hf, f"{kind}ForImageClassification")(getattr(hf, f"{kind}Config").from_dict(config)).state_dict()
     assert shapes(layout.keymap(ours).load(theirs)) == shapes(layout.keymap(ours).load(state))
-    check(system, layout, config | {"preprocessor_config": {"size": {"height": 384, "width": 384}}} if system == "vit" else config, state, preset)
+    config = config | {"preprocessor_config": {"size": {"height": 384, "width": 384}}} if system == "vit" else config
+    assert_known(system, layout, config, state, preset)

@@ -10,7 +10,8 @@ from polysense.base.catalogue import preset_of
 from polysense.base.errors import UserError
 from polysense.connectors.prompt import places
 from polysense.systems.prompt import sam
-from polysense.weights.convert import compare, export, import_
+from polysense.weights.convert import compare as assert_agree
+from polysense.weights.convert import export, import_
 
 LAYOUTS = sam.weights
 
@@ -48,7 +49,7 @@ BOXES = torch.tensor([[[2.0, 3.0, 20.0, 30.0], [0.0, 0.0, 39.0, 39.0]], [[10.0, 
 
 @torch.no_grad()
 def test_image_encoding_agrees(theirs, ours):
-    compare({"seen": ours.look(IMAGE)}, {"seen": theirs.get_image_embeddings(IMAGE)})
+    assert_agree({"seen": ours.look(IMAGE)}, {"seen": theirs.get_image_embeddings(IMAGE)})
 
 
 @pytest.mark.parametrize("prompt", ["points", "box", "points and box", "mask"])
@@ -68,17 +69,17 @@ def test_answers_agree(theirs, ours, prompt, single):
     flat = [None if v is None else v.flatten(0, 1) for v in (points, labels, boxes)]
     tokens = ours.prompt.tokens(*places(*flat))
     logits, score = ours.answer(ours.look(IMAGE).repeat_interleave(n, 0), tokens, mask, single=single)
-    compare({"masks": logits.unflatten(0, (2, n)), "iou": score.unflatten(0, (2, n))}, {"masks": want.pred_masks, "iou": want.iou_scores})
+    assert_agree({"masks": logits.unflatten(0, (2, n)), "iou": score.unflatten(0, (2, n))}, {"masks": want.pred_masks, "iou": want.iou_scores})
 
 
 @torch.no_grad()
 def test_segment_gives_candidates_to_one_prompt_and_one_answer_to_more(theirs, ours):
     logits, score = ours.segment(IMAGE, POINTS[:, :, :1] / 40, LABELS[:, :, :1])
     want = theirs(IMAGE, input_points=POINTS[:, :, :1], input_labels=LABELS[:, :, :1], multimask_output=True)
-    compare({"masks": logits, "iou": score}, {"masks": want.pred_masks, "iou": want.iou_scores})
+    assert_agree({"masks": logits, "iou": score}, {"masks": want.pred_masks, "iou": want.iou_scores})
     logits, score = ours.segment(IMAGE, POINTS / 40, LABELS, BOXES / 40)
     want = theirs(IMAGE, input_points=POINTS, input_labels=LABELS, input_boxes=BOXES, multimask_output=False)
-    compare({"masks": logits, "iou": score}, {"masks": want.pred_masks, "iou": want.iou_scores})
+    assert_agree({"masks": logits, "iou": score}, {"masks": want.pred_masks, "iou": want.iou_scores})
 
 
 @torch.no_grad()
@@ -87,7 +88,7 @@ def test_export_is_read_by_transformers(theirs, ours, tmp_path):
     export(ours.state_dict(), config, LAYOUTS["hf"], tmp_path / "ours", presets("vit_b").feed)
     again = reference("transformers.models.sam").SamModel.from_pretrained(tmp_path / "ours").eval()
     a, b = (m(IMAGE, input_boxes=BOXES) for m in (theirs, again))
-    compare({"masks": a.pred_masks, "iou": a.iou_scores}, {"masks": b.pred_masks, "iou": b.iou_scores}, 1e-6)
+    assert_agree({"masks": a.pred_masks, "iou": a.iou_scores}, {"masks": b.pred_masks, "iou": b.iou_scores}, 1e-6)
     assert json.loads((tmp_path / "ours" / "preprocessor_config.json").read_text())["size"] == {"longest_edge": 1024}
 
 
@@ -129,7 +130,7 @@ def test_the_authors_layout_both_ways(theirs, ours, tmp_path):
         for norm in (block.norm1, block.norm2, block.norm3, block.norm4):
             norm.eps = 1e-6
     a, b = (s.segment(IMAGE, boxes=BOXES / 40) for s in (system, ours))
-    compare({"masks": a[0], "iou": a[1]}, {"masks": b[0], "iou": b[1]}, 1e-6)
+    assert_agree({"masks": a[0], "iou": a[1]}, {"masks": b[0], "iou": b[1]}, 1e-6)
     with pytest.raises(UserError, match="8 heads"):
         export(system.state_dict(), preset.config, LAYOUTS["official"], tmp_path / "no.safetensors")
     export(system.state_dict(), preset.config.but(**{"decoder.heads": 8}), LAYOUTS["official"], tmp_path / "out.safetensors")

@@ -35,7 +35,7 @@ def trajectory(scheduler, x: torch.Tensor, steps: int, seed: int = 5, **options)
     return out
 
 
-def same(ours, theirs):
+def assert_same(ours, theirs):
     ours = list(ours)
     assert len(ours) == len(theirs)
     for a, b in zip(ours, theirs, strict=True):
@@ -57,7 +57,7 @@ def test_schedules(kind, theirs):
 def test_ancestral(variance, steps):
     x = torch.randn(SHAPE)
     scheduler = reference("diffusers").DDPMScheduler(**OPTIONS, variance_type=f"fixed_{variance}", clip_sample=False)
-    same(samplers.ddpm(denoise, x, KEPT, samplers.times(T, steps), variance=variance, noise=noise_from(5)), trajectory(scheduler, x, steps))
+    assert_same(samplers.ddpm(denoise, x, KEPT, samplers.times(T, steps), variance=variance, noise=noise_from(5)), trajectory(scheduler, x, steps))
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.6])
@@ -66,7 +66,7 @@ def test_ddim(eta, offset):
     x = torch.randn(SHAPE)
     scheduler = reference("diffusers").DDIMScheduler(**OPTIONS, clip_sample=False, set_alpha_to_one=not offset, steps_offset=offset)
     last = float(KEPT[0]) if offset else 1.0
-    same(samplers.ddim(denoise, x, KEPT, samplers.times(T, 10, offset=offset), eta=eta, last=last, noise=noise_from(5)),
+    assert_same(samplers.ddim(denoise, x, KEPT, samplers.times(T, 10, offset=offset), eta=eta, last=last, noise=noise_from(5)),
          trajectory(scheduler, x, 10, eta=eta))
 
 
@@ -78,11 +78,11 @@ def test_dpm_solver(steps, spacing):
     scheduler.set_timesteps(steps)
     at = samplers.times(T, steps, spacing, ends=spacing == "trailing")
     assert at == scheduler.timesteps.tolist()
-    same(samplers.dpm(denoise, x, KEPT, at), trajectory(scheduler, x, steps))
+    assert_same(samplers.dpm(denoise, x, KEPT, at), trajectory(scheduler, x, steps))
 
 
 def test_plms():
     x = torch.randn(SHAPE)
     scheduler = reference("diffusers").PNDMScheduler(**OPTIONS, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
     theirs = trajectory(scheduler, x, 10)
-    same(samplers.plms(denoise, x, KEPT, samplers.times(T, 10, offset=1), last=float(KEPT[0])), theirs[1:])      # their first is half a step
+    assert_same(samplers.plms(denoise, x, KEPT, samplers.times(T, 10, offset=1), last=float(KEPT[0])), theirs[1:])      # their first is half a step

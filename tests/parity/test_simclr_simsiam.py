@@ -10,7 +10,8 @@ from torch import nn
 from polysense.base.catalogue import preset_of
 from polysense.base.errors import UserError
 from polysense.systems.selfsup import simclr, simsiam
-from polysense.weights.convert import compare, export, import_
+from polysense.weights.convert import compare as assert_agree
+from polysense.weights.convert import export, import_
 
 
 def resnet(head: nn.Module) -> nn.Module:
@@ -32,7 +33,7 @@ def test_simclr_converted_backbone_in_and_out(tmp_path, probe):
     torch.save({"state_dict": net.state_dict()}, tmp_path / "r.pth")
     ours, preset = import_(tmp_path / "r.pth", simclr.weights["torchvision"], of("simclr"))
     net.fc = nn.Identity()
-    compare({"pooled": ours.backbone(image).pooled, "features": ours.encode_image(image)},
+    assert_agree({"pooled": ours.backbone(image).pooled, "features": ours.encode_image(image)},
             {"pooled": net(image), "features": F.normalize(net(image), dim=-1)})
     export(ours.state_dict(), preset.config, simclr.weights["torchvision"], tmp_path / "back.pth")
     back = torch.load(tmp_path / "back.pth", weights_only=True)
@@ -47,7 +48,7 @@ def test_a_trained_simclr_writes_its_backbone(tmp_path):
     export(system.state_dict(), preset.config, simclr.weights["torchvision"], tmp_path / "r.pth")
     net, image = resnet(nn.Identity()).eval(), torch.randn(1, 3, 64, 64)
     net.load_state_dict(torch.load(tmp_path / "r.pth", weights_only=True))
-    compare({"pooled": system.backbone(image).pooled}, {"pooled": net(image)})
+    assert_agree({"pooled": system.backbone(image).pooled}, {"pooled": net(image)})
 
 
 class Siamese(nn.Module):
@@ -76,7 +77,7 @@ def test_simsiam_projections_predictions_and_loss_in_and_out(tmp_path):
     def check(reference_):
         p1, p2, z1, z2, loss = reference_(views[:, 0], views[:, 1])
         seen, said = ours.both({"views": views})
-        compare({"z1": seen[0], "z2": seen[1], "p1": said[0], "p2": said[1], "loss": ours.agree({"views": views})["agree"]},
+        assert_agree({"z1": seen[0], "z2": seen[1], "p1": said[0], "p2": said[1], "loss": ours.agree({"views": views})["agree"]},
                 {"z1": z1, "z2": z2, "p1": p1, "p2": p2, "loss": loss})
 
     check(theirs)

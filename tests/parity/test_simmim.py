@@ -32,7 +32,7 @@ def masked(patches):
 
 
 @torch.no_grad()
-def compare(ours, model, image, mask):
+def assert_agree(ours, model, image, mask):
     masking = masking_of(mask)
     want = model(image, bool_masked_pos=mask, return_dict=True)
     torch.testing.assert_close(ours.decoder.draw(ours.see(image, masking)), want.reconstruction, rtol=0, atol=1e-4)
@@ -48,15 +48,15 @@ def test_transformers_swin_in_and_out(tmp_path, image):
     model = shake(hf.SwinForMaskedImageModeling(hf.SwinConfig(**SWIN)))
     model.save_pretrained(tmp_path / "theirs")
     ours, preset = import_(tmp_path / "theirs", simmim.weights["hf"], presets)
-    compare(ours, model, image, masked(256))
+    assert_agree(ours, model, image, masked(256))
     assert preset.feed.image.size == 64 and preset.config.sampler.side == 8
     export(ours.state_dict(), preset.config, simmim.weights["hf"], tmp_path / "back", preset.feed)
     again = hf.SwinForMaskedImageModeling.from_pretrained(tmp_path / "back").eval()
     assert again.config.image_size == 64
-    compare(ours, again, image, masked(256))
+    assert_agree(ours, again, image, masked(256))
     state = model.state_dict()                                                   # the names that transformers 5 has in memory
     save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "theirs" / "model.safetensors")
-    compare(import_(tmp_path / "theirs", simmim.weights["hf"], presets)[0], model, image, masked(256))
+    assert_agree(import_(tmp_path / "theirs", simmim.weights["hf"], presets)[0], model, image, masked(256))
 
 
 def test_transformers_vit_in_and_out(tmp_path, image):
@@ -64,9 +64,9 @@ def test_transformers_vit_in_and_out(tmp_path, image):
     model = shake(hf.ViTForMaskedImageModeling(hf.ViTConfig(**VIT)))
     model.save_pretrained(tmp_path / "theirs")
     ours, preset = import_(tmp_path / "theirs", simmim.weights["hf_vit"], presets)
-    compare(ours, model, image, masked(16))
+    assert_agree(ours, model, image, masked(16))
     export(ours.state_dict(), preset.config, simmim.weights["hf_vit"], tmp_path / "back", preset.feed)
-    compare(ours, hf.ViTForMaskedImageModeling.from_pretrained(tmp_path / "back").eval(), image, masked(16))
+    assert_agree(ours, hf.ViTForMaskedImageModeling.from_pretrained(tmp_path / "back").eval(), image, masked(16))
 
 
 def old(key: str) -> str:
@@ -96,7 +96,7 @@ def test_the_authors_names_in_and_out(tmp_path):
     torch.save({"model": state}, tmp_path / "simmim.pth")
     ours, preset = import_(tmp_path / "simmim.pth", simmim.weights["official"], presets)
     assert preset.feed.image.size == 32
-    compare(ours, model, image, masked(64))
+    assert_agree(ours, model, image, masked(64))
     export(ours.state_dict(), preset.config, simmim.weights["official"], tmp_path / "back.safetensors")
     back = load_file(tmp_path / "back.safetensors")
     assert all(torch.equal(v, state[k]) for k, v in back.items()) and {k.rpartition(".")[2] for k in set(state) - set(back)} == {

@@ -11,7 +11,8 @@ from torch import nn
 from polysense.base.catalogue import preset_of
 from polysense.base.errors import UserError
 from polysense.systems.align import laclip, slip
-from polysense.weights.convert import compare, export, import_
+from polysense.weights.convert import compare as assert_agree
+from polysense.weights.convert import export, import_
 
 VOCAB, LENGTH = 100, 12
 
@@ -61,7 +62,7 @@ def test_released_files_in_and_out(theirs, tmp_path):
     image, ids = torch.randn(3, 3, 32, 32), texts()
     want = {"image": F.normalize(vit(image) @ state["image_projection"], dim=-1), "text": text.encode_text(ids, normalize=True),
             "ssl": mlp(vit(image))}
-    compare({"image": ours.encode_image(image), "text": ours.encode_text(ids), "ssl": ours.projector(ours.vision.pooled(image))}, want)
+    assert_agree({"image": ours.encode_image(image), "text": ours.encode_text(ids), "ssl": ours.projector(ours.vision.pooled(image))}, want)
     assert ours.scale.item() == pytest.approx(2.71828 ** 2.5, rel=1e-4)
 
     export(ours.state_dict(), preset.config, slip.weights["official"], tmp_path / "back.pt")
@@ -71,9 +72,9 @@ def test_released_files_in_and_out(theirs, tmp_path):
     assert all(torch.equal(back[k], v) for k, v in state.items() if k not in moved)
     again = projector()
     again.load_state_dict({k.removeprefix("image_mlp."): v for k, v in back.items() if k.startswith("image_mlp.")})
-    compare({"ssl": again.eval()(vit(image))}, {"ssl": want["ssl"]})
+    assert_agree({"ssl": again.eval()(vit(image))}, {"ssl": want["ssl"]})
     features = vit(image)
-    compare({"ssl": ours.projector.train()(features)}, {"ssl": again.train()(features)})
+    assert_agree({"ssl": ours.projector.train()(features)}, {"ssl": again.train()(features)})
 
 
 def test_vit_small_has_twelve_heads():
@@ -104,7 +105,7 @@ def test_laclip_in_slips_form(theirs, tmp_path):
     for name, file in (("plain.pt", state), ("with_projector.pt", released(vit, text, mlp))):
         torch.save({"state_dict": file}, tmp_path / name)
         ours, preset = import_(tmp_path / name, laclip.weights["official"], laclip_presets)
-        compare({"image": ours.encode_image(image), "text": ours.encode_text(ids)}, want)
+        assert_agree({"image": ours.encode_image(image), "text": ours.encode_text(ids)}, want)
     export(ours.state_dict(), preset.config, laclip.weights["official"], tmp_path / "back.pt")
     back = torch.load(tmp_path / "back.pt", weights_only=True)
     assert back.keys() == state.keys() and all(torch.equal(back[k], v) for k, v in state.items())
@@ -119,7 +120,7 @@ def test_laclip_in_open_clips_form(tmp_path):
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": cfg}))
     ours, preset = import_(tmp_path, laclip.weights["open_clip"], laclip_presets)
     image, ids = torch.randn(3, 3, 32, 32), texts()
-    compare({"image": ours.encode_image(image), "text": ours.encode_text(ids)},
+    assert_agree({"image": ours.encode_image(image), "text": ours.encode_text(ids)},
             {"image": model.encode_image(image, normalize=True), "text": model.encode_text(ids, normalize=True)})
     export(ours.state_dict(), preset.config, laclip.weights["open_clip"], tmp_path / "back", preset.feed)
     again = import_(tmp_path / "back", laclip.weights["open_clip"], laclip_presets)[0]

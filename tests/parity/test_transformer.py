@@ -8,7 +8,8 @@ from polysense.base.catalogue import preset_of
 from polysense.base.errors import UserError
 from polysense.systems.backbone import transformer
 from polysense.towers.decoding import Beam
-from polysense.weights.convert import compare, export, import_
+from polysense.weights.convert import compare as assert_agree
+from polysense.weights.convert import export, import_
 
 
 def named(name: str) -> str:
@@ -48,7 +49,7 @@ def test_bodies_are_torchs():
     seen = ours(text)
     real, said = text != 0, other != 0
     got = {"memory": seen.tokens[real], "hidden": ours.decode(other, seen.tokens, seen.mask)[said]}
-    compare(got, {"memory": memory[real], "hidden": hidden[said]})
+    assert_agree(got, {"memory": memory[real], "hidden": hidden[said]})
 
 
 SIZES = {"vocab_size": 61, "d_model": 32, "encoder_layers": 2, "decoder_layers": 3, "encoder_attention_heads": 4, "decoder_attention_heads": 2,
@@ -80,11 +81,11 @@ def test_marian_in_and_out(tmp_path):
     seen = ours.language(text)
     logits = ours.language.logits(ours.language.decode(begun, seen.tokens, seen.mask))
     ours.smoothing = 0.0
-    compare({"memory": seen.tokens[text != 60], "logits": logits, "loss": ours.losses({"question": text, "answer": begun})["language"]},
+    assert_agree({"memory": seen.tokens[text != 60], "logits": logits, "loss": ours.losses({"question": text, "answer": begun})["language"]},
             {"memory": out.encoder_last_hidden_state[text != 60], "logits": out.logits, "loss": out.loss})
     export(ours.state_dict(), preset.config, transformer.weights["marian"], tmp_path / "back", preset.feed)
     again = hf.MarianMTModel.from_pretrained(tmp_path / "back").eval()
-    compare({"logits": again(text, attention_mask=text != 60, decoder_input_ids=begun).logits}, {"logits": out.logits})
+    assert_agree({"logits": again(text, attention_mask=text != 60, decoder_input_ids=begun).logits}, {"logits": out.logits})
     in_memory = transformer.weights["marian"].keymap(preset.config).load(model.state_dict())
     assert {k: v.shape for k, v in in_memory.items()} == {k: v.shape for k, v in ours.state_dict().items()}
 

@@ -9,7 +9,8 @@ from reference import reference, shake
 from polysense.base.catalogue import preset_of
 from polysense.base.errors import UserError
 from polysense.systems.align import unicl
-from polysense.weights.convert import compare, export, import_
+from polysense.weights.convert import compare as assert_agree
+from polysense.weights.convert import export, import_
 
 VOCAB, LENGTH = 100, 12
 
@@ -53,10 +54,10 @@ def test_released_files_in_and_out(towers, tmp_path):
     image, ids = torch.randn(3, 3, 64, 64), torch.randint(3, VOCAB - 2, (3, LENGTH))
     ids[:, -1] = VOCAB - 1
     want = {"image": F.normalize(swin(image) @ state["image_projection"], dim=-1), "text": text.encode_text(ids, normalize=True)}
-    compare({"image": ours.encode_image(image), "text": ours.encode_text(ids)}, want)
+    assert_agree({"image": ours.encode_image(image), "text": ours.encode_text(ids)}, want)
     loss = reference("open_clip").ClipLoss()(want["image"], want["text"], torch.tensor(2.5).exp())
     made = {"image": ours.encode_image(image), "text": ours.encode_text(ids), "label": torch.tensor([5, 2, -1])}
-    compare({"loss": ours.compare_labelled(made)["contrast"]}, {"loss": loss})
+    assert_agree({"loss": ours.compare_labelled(made)["contrast"]}, {"loss": loss})
     export(ours.state_dict(), preset.config, unicl.weights["official"], tmp_path / "back.pth")
     back = torch.load(tmp_path / "back.pth", weights_only=True)
     assert back.keys() == state.keys() and all(torch.equal(back[k], v) for k, v in state.items())

@@ -11,7 +11,8 @@ from polysense.base.errors import UserError
 from polysense.mechanisms.mask_sampler import masking_of
 from polysense.objectives.masked import masked_mse
 from polysense.systems.selfsup import videomae
-from polysense.weights.convert import compare, export, import_
+from polysense.weights.convert import compare as assert_agree
+from polysense.weights.convert import export, import_
 
 LAYOUT = videomae.weights["hf"]
 SIZES = {"image_size": 16, "patch_size": 8, "num_frames": 4, "tubelet_size": 2, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -53,11 +54,11 @@ def test_pre_training_in_and_out_under_both_sets_of_names(tmp_path, more):
     for state in (load_file(file), published(load_file(file))):
         save_file(state, file)
         system, preset = import_(tmp_path / "theirs", LAYOUT, presets)
-        compare(ours(system, video, mask), want)
+        assert_agree(ours(system, video, mask), want)
     export(system.state_dict(), preset.config, LAYOUT, tmp_path / "back", preset.feed)
     again, notes = hf.VideoMAEForPreTraining.from_pretrained(tmp_path / "back", output_loading_info=True)
     assert not notes["missing_keys"] and not notes["unexpected_keys"]
-    compare(theirs(again.eval(), video, mask), want)
+    assert_agree(theirs(again.eval(), video, mask), want)
 
 
 def test_classifier_in_and_out(tmp_path):
@@ -68,10 +69,10 @@ def test_classifier_in_and_out(tmp_path):
     video = torch.randn(2, 4, 3, 16, 16)
     with torch.no_grad():
         want = {"logits": peer(video).logits, "feature": peer.videomae(video).last_hidden_state.mean(1)}
-        compare({"logits": system.sort(video), "feature": system.encoder(video).pooled}, want)
+        assert_agree({"logits": system.sort(video), "feature": system.encoder(video).pooled}, want)
         export(system.state_dict(), preset.config, LAYOUT, tmp_path / "back", preset.feed)
         again = hf.VideoMAEForVideoClassification.from_pretrained(tmp_path / "back").eval()
-        compare({"logits": again(video).logits}, {"logits": want["logits"]})
+        assert_agree({"logits": again(video).logits}, {"logits": want["logits"]})
 
 
 @pytest.mark.parametrize("case", ["other model", "no config", "empty", "cut", "token"])

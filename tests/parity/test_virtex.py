@@ -8,7 +8,8 @@ from torch import nn
 from polysense.base.catalogue import preset_of
 from polysense.base.errors import UserError
 from polysense.systems.align import virtex
-from polysense.weights.convert import compare, export, import_
+from polysense.weights.convert import compare as assert_agree
+from polysense.weights.convert import export, import_
 
 VOCAB, LENGTH, WIDTH = 50, 10, 64
 
@@ -76,7 +77,7 @@ def test_both_directions_in_and_out(theirs, tmp_path):
         want |= {f"{name} logits": said * real,
                  f"{name} loss": F.cross_entropy(said[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), ignore_index=0)}
         mine |= {f"{name} logits": ours.logits(ids, seen, body) * real, f"{name} loss": losses[name]}
-    compare(mine | {"image": ours.encode_image(image)}, want | {"image": F.normalize(cnn(image), dim=-1)})
+    assert_agree(mine | {"image": ours.encode_image(image)}, want | {"image": F.normalize(cnn(image), dim=-1)})
     export(ours.state_dict(), preset.config, virtex.weights["official"], tmp_path / "back.pth")
     again = torch.load(tmp_path / "back.pth", weights_only=True)
     assert again.keys() == state.keys() and all(torch.equal(again[k], v) for k, v in state.items())

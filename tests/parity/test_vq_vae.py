@@ -20,7 +20,7 @@ def z():
     return torch.randn(2, 4, 4, 6, generator=torch.Generator().manual_seed(3))
 
 
-def compare(ours, z, theirs, loss_of):
+def assert_agree(ours, z, theirs, loss_of):
     mine, his = z.clone().requires_grad_(), z.clone().requires_grad_()
     quantized = ours(mine)
     out, loss, ids = theirs(his.permute(0, 3, 1, 2))
@@ -45,7 +45,7 @@ def test_diffusers(ours, z, legacy):
         return out, loss, ids
 
     first, second = (0.25, 1.0) if legacy else (1.0, 0.25)
-    compare(ours, z, call, lambda e, v: first * codebook_loss(e, v) + second * commitment_loss(e, v))
+    assert_agree(ours, z, call, lambda e, v: first * codebook_loss(e, v) + second * commitment_loss(e, v))
 
 
 def test_chameleon_is_of_the_legacy_form(ours, z):
@@ -53,4 +53,4 @@ def test_chameleon_is_of_the_legacy_form(ours, z):
     module = reference("transformers.models.chameleon.modeling_chameleon")
     theirs = module.ChameleonVQVAEVectorQuantizer(SimpleNamespace(num_embeddings=12, embed_dim=6, beta=0.25))
     theirs.embedding.weight.data.copy_(ours.codebook.data)
-    compare(ours, z, theirs, lambda e, v: 0.25 * codebook_loss(e, v) + commitment_loss(e, v))
+    assert_agree(ours, z, theirs, lambda e, v: 0.25 * codebook_loss(e, v) + commitment_loss(e, v))

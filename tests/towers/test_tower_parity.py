@@ -70,17 +70,17 @@ def test_vit_equals_transformers():
 def test_resnet_basic_equals_timm(depths: tuple[int, ...]):
     timm = reference("timm.models.resnet")
     theirs = shake(timm.ResNet(timm.BasicBlock, depths, num_classes=3))
-    check_resnet(theirs, ResNet.Config(layers=depths, block=Basic.Config()))
+    assert_resnet(theirs, ResNet.Config(layers=depths, block=Basic.Config()))
 
 
 @torch.no_grad()
 def test_resnet_bottleneck_equals_timm():
     timm = reference("timm.models.resnet")
     theirs = shake(timm.ResNet(timm.Bottleneck, (2, 1, 1, 2), num_classes=3))
-    check_resnet(theirs, ResNet.Config(layers=(2, 1, 1, 2)))
+    assert_resnet(theirs, ResNet.Config(layers=(2, 1, 1, 2)))
 
 
-def check_resnet(theirs, config: ResNet.Config) -> None:
+def assert_resnet(theirs, config: ResNet.Config) -> None:
     ours = pour(config.build(), renamed(theirs.state_dict(), TV_RESNET))
     image = torch.randn(2, 3, 64, 64)
     maps = theirs.forward_intermediates(image, intermediates_only=True)[-4:]

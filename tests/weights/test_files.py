@@ -14,7 +14,8 @@ from polysense.base.catalogue import preset_of
 from polysense.base.errors import UserError
 from polysense.systems.align import clip
 from polysense.weights import files
-from polysense.weights.convert import CAUSES, compare, export, import_
+from polysense.weights.convert import CAUSES, export, import_
+from polysense.weights.convert import compare as assert_agree
 from polysense.weights.layout import read_checkpoint, write_checkpoint
 from polysense.weights.signs import SIGNS, recognise
 from polysense.weights.torchscript import is_torchscript, read_torchscript
@@ -238,10 +239,10 @@ def test_what_is_written_has_the_published_shape(published, tmp_path):
 
 def test_compare_measures_and_names_the_usual_causes():
     a = torch.tensor([1.0, 200.0])
-    assert compare({"x": a}, {"x": a}) == 0 and compare({"x": a}, {"x": a + torch.tensor([0.0, 0.002])}) == pytest.approx(1e-5, rel=0.1)
+    assert assert_agree({"x": a}, {"x": a}) == 0 and assert_agree({"x": a}, {"x": a + torch.tensor([0.0, 0.002])}) == pytest.approx(1e-5, rel=0.1)
     for other, words in ((a + 1, "x differs by"), (torch.full_like(a, torch.nan), "x differs by inf"), (a[:1], "shape"), (None, "outputs")):
         with pytest.raises(UserError, match=words):
-            compare({"x": a}, {"x": other} if other is not None else {"y": a})
+            assert_agree({"x": a}, {"x": other} if other is not None else {"y": a})
     with pytest.raises(UserError) as error:
-        compare({"x": a}, {"x": a + 1})
+        assert_agree({"x": a}, {"x": a + 1})
     assert all(cause in str(error.value) for cause in CAUSES)
