@@ -107,6 +107,7 @@ def draw(events: Any, id: str, minutes: float | None, as_json: bool) -> None:
                 folder = event.folder if event.id == id else folder
                 if isinstance(event, Started) and not quiet:
                     begun = time.monotonic()
+                    bar.begin(f"training {event.id}" + (f" for {id}" if event.id != id else ""))
                     bar.note(f"{event.id} {event.preset}: {short(event.parameters)} parameters ({short(event.trainable)} train), "
                              f"{'a stream' if event.samples is None else f'{event.samples:,} samples'} of {event.data}, "
                              f"on {event.device} in {event.precision}"

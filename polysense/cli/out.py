@@ -112,6 +112,12 @@ class Bar:
         assert self.task is not None
         self.live.update(self.task, completed=done, total=total, extra=extra)
 
+    def begin(self, what: str) -> None:
+        """Something else is counted from here on, from the start."""
+        self.what, self.first, self.last = what, None, 0.0
+        if self.live is not None and self.task is not None:
+            self.live.reset(self.task, description=what)
+
     def note(self, text: str) -> None:
         """A line above the bar."""
         if self.live is not None:

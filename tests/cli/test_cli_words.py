@@ -194,3 +194,17 @@ def test_a_reader_that_leaves_early_is_no_error():
     writer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     writer.stdout.close()
     assert writer.wait() == 0 and writer.stderr.read() == ""
+
+
+def test_a_bar_that_begins_anew_counts_anew_under_its_new_name(capsys):
+    from polysense.cli.out import Bar
+
+    with Bar("training mofi", every=0.0) as bar:
+        bar.begin("training clip for mofi")
+        bar(900, 1000)
+        bar.begin("training mofi")
+        bar(10, 1000)
+        bar(20, 1000)
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split(" %")[0] for line in said] == ["training clip for mofi 90", "training mofi 1", "training mofi 2"]
+    assert "left" not in said[1], "time is measured from its own first step"
