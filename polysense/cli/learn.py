@@ -243,7 +243,7 @@ def prove(id: Id,
     Examples
       polysense prove slip
       polysense prove clip --seed 0 --seed 1 --out docs/proofs
-      polysense prove clip --seed 0 & polysense prove clip --seed 1 & wait; polysense prove clip --seed 0 --seed 1 --out docs/proofs
+      polysense prove clip --seed 0 --anew
     """
     import sys
 
