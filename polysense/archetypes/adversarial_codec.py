@@ -9,7 +9,7 @@ from polysense.archetypes.generator import together
 from polysense.archetypes.image_codec import ImageCodec
 from polysense.base.errors import UserError
 from polysense.base.system import After, Batch, Losses, Spec
-from polysense.objectives.adversarial import should_be_fake, should_be_real
+from polysense.objectives.adversarial import should_be_fake, should_be_real, should_fool
 from polysense.objectives.spread import gather
 from polysense.weights.lpips import load_perceptual
 
@@ -77,7 +77,7 @@ class AdversarialCodec(ImageCodec):
         """What the codec pays, the critic's verdict included once it takes part. The critic's running statistics stay as they are."""
         losses, drawn = self.rebuild(batch)
         if self.joined():
-            fooled = -self.critic.looked_at(drawn).mean()
+            fooled = should_fool(self.critic.looked_at(drawn), self.form)
             losses["fool"] = self.weigh(losses, fooled) * fooled
         return losses
 

@@ -10,7 +10,15 @@ from polysense.base.spec import Spec
 from polysense.base.system import Part
 
 
-class PatchCritic(Part):
+class Critic(Part):
+    """Judges pictures: high for real."""
+
+    def looked_at(self, image: Tensor) -> Tensor:
+        """The same verdicts, whose gradient reaches the picture but not the critic, and which leave its statistics alone."""
+        return functional_call(self, {k: v.detach().clone() for k, v in self.state_dict().items()}, (image,))
+
+
+class PatchCritic(Critic):
     """A convolutional network that judges every patch of a picture: [B,3,H,W] -> [B,1,h,w], high for real (Isola et al. 2017, section 3.2.2)."""
 
     @dataclass(frozen=True, kw_only=True)
@@ -36,10 +44,6 @@ class PatchCritic(Part):
 
     def forward(self, image: Tensor) -> Tensor:
         return self.layers(image)
-
-    def looked_at(self, image: Tensor) -> Tensor:
-        """The same verdicts, whose gradient reaches the picture but not the critic, and which leave its statistics alone."""
-        return functional_call(self, {k: v.detach().clone() for k, v in self.state_dict().items()}, (image,))
 
 
 def hinge(real: Tensor, fake: Tensor) -> Tensor:
