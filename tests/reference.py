@@ -13,7 +13,7 @@ _keep: list[torch.library.Library] = []
 def reference(name: str) -> ModuleType:
     """The module, or the test is skipped. timm, open_clip, transformers, diffusers and lpips import torchvision, whose compiled operators may be
     absent: their names are declared, which is enough for pure Python code to import."""
-    ask_for_it = ("timm", "open_clip", "transformers", "diffusers", "lpips", "peft", "bitsandbytes")
+    ask_for_it = ("timm", "open_clip", "transformers", "diffusers", "lpips", "peft", "bitsandbytes", "torchscale")
     if name.split(".")[0] in ask_for_it and not _keep and not hasattr(torch.ops.torchvision, "nms"):
         _keep.append(torch.library.Library("torchvision", "DEF"))
         for op in ("nms", "qnms", "roi_align", "qroi_align", "roi_pool", "ps_roi_align", "ps_roi_pool", "deform_conv2d"):

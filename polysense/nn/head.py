@@ -112,6 +112,48 @@ class NormLinear(Part):
         return self.out(self.norm(x))
 
 
+class NormTanh(Part):
+    """tanh(pre(norm(x))): BEiT-3's pooler of a first token."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Spec):
+        into: int
+        eps: float = 1e-5
+        std: float = 0.02
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.norm, self.pre = LayerNorm(LayerNorm.Config(width=c.into, eps=c.eps)), nn.Linear(c.into, c.into)
+        nn.init.trunc_normal_(self.pre.weight, std=c.std)
+        nn.init.zeros_(self.pre.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.pre(self.norm(x)))
+
+
+class NormMLP(Part):
+    """out(gelu(norm2(pre(norm1 x)))), both linears small at birth: BEiT-3's head for two pictures and a text."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Spec):
+        into: int
+        hidden: int
+        out: int
+        eps: float = 1e-5
+        std: float = 2e-5
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.norm1, self.pre = LayerNorm(LayerNorm.Config(width=c.into, eps=c.eps)), nn.Linear(c.into, c.hidden)
+        self.norm2, self.out = LayerNorm(LayerNorm.Config(width=c.hidden, eps=c.eps)), nn.Linear(c.hidden, c.out)
+        for m in (self.pre, self.out):
+            nn.init.trunc_normal_(m.weight, std=c.std)
+            nn.init.zeros_(m.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(nn.functional.gelu(self.norm2(self.pre(self.norm1(x)))))
+
+
 class Projector(Part):
     """Linear, batch norm, ReLU, ... , linear: [B, widths[0]] -> [B, widths[-1]].
 
