@@ -154,6 +154,27 @@ class NormMLP(Part):
         return self.out(nn.functional.gelu(self.norm2(self.pre(self.norm1(x)))))
 
 
+class BatchLinear(Part):
+    """A dense layer behind a batch norm without parameters, which brings the features of any encoder to one scale: MAE's linear probe (He et al.
+    2022, appendix A.1). Names: `norm`, `out`."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Spec):
+        into: int
+        out: int
+        eps: float = 1e-6
+        std: float = 0.01
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.norm, self.out = nn.BatchNorm1d(c.into, affine=False, eps=c.eps), nn.Linear(c.into, c.out)
+        nn.init.trunc_normal_(self.out.weight, std=c.std)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.norm(x))
+
+
 class Projector(Part):
     """Linear, batch norm, ReLU, ... , linear: [B, widths[0]] -> [B, widths[-1]].
 

@@ -12,32 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polysense.base.errors import UserError
-from polysense.tasks.encode import Progress, class_names, encode_all_images, name_of
+from polysense.nn.attentive import AttentivePool
+from polysense.tasks.encode import Progress, class_names, encode_all_images, name_of, tower_of
 from polysense.tasks.linear_probe import held_out
 from polysense.tasks.result import Result, classification
 
-TOWERS = ("tower", "backbone", "encoder", "vision")          # what systems call the image tower that encode_image reads
 DECAYS = (1e-3, 1e-1)
-
-
-class AttentivePool(nn.Module):
-    """One query q [1,1,D] over tokens [B,N,D]: out(softmax(q k^T / sqrt(H)) v) -> [B,D], each of q, k, v behind a LayerNorm of its own.
-
-    No positions: the order of the tokens does not matter. `mlp` in place of the identity is V-JEPA's form: x + mlp(x).
-    """
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.query, self.heads = nn.Parameter(torch.randn(1, 1, width) * 0.02), heads
-        self.norm_q, self.norm_k, self.norm_v = (nn.LayerNorm(width) for _ in range(3))
-        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
-        self.mlp: nn.Module | None = None
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        q, k, v = self.q(self.norm_q(self.query)), self.k(self.norm_k(tokens)), self.v(self.norm_v(tokens))
-        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q.expand(len(tokens), -1, -1), k, v))
-        x = self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))[:, 0]
-        return x if self.mlp is None else x + self.mlp(x)
 
 
 def run(subject: Any, test: Any, train: Any, *, decays: Sequence[float] = DECAYS, steps: int = 200, lr: float = 1e-3, heads: int = 0,
@@ -68,10 +48,9 @@ def run(subject: Any, test: Any, train: Any, *, decays: Sequence[float] = DECAYS
 
 def places_of(system: Any) -> Any:
     """image [B,3,H,W] -> [B,N,D], the features of the places of the tower that `encode_image` reads. UserError for a system without such a tower."""
-    for name in TOWERS:
-        dense = getattr(getattr(system, name, None), "dense", None)
-        if dense is not None:
-            return lambda image: dense(image).flatten(1, 2)
+    tower = tower_of(system, "dense")
+    if tower is not None:
+        return lambda image: tower.dense(image).flatten(1, 2)
     raise UserError(f"{type(system).__name__} has no image tower whose places can be read", "take linear_probe or knn_probe instead")
 
 
@@ -79,7 +58,8 @@ def fit(x: Tensor, y: Tensor, classes: int, heads: int, decay: float, steps: int
     """The pool, a batch norm without parameters and a linear layer, by AdamW on a cosine. x [n,N,D], y [n]."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = nn.Sequential(AttentivePool(x.shape[-1], heads), nn.BatchNorm1d(x.shape[-1], affine=False), nn.Linear(x.shape[-1], classes))
+        pool = AttentivePool.Config(width=x.shape[-1], heads=heads).build()
+        model = nn.Sequential(pool, nn.BatchNorm1d(x.shape[-1], affine=False), nn.Linear(x.shape[-1], classes))
         flat = [p for n, p in model.named_parameters() if p.ndim < 2]
         deep = [p for n, p in model.named_parameters() if p.ndim >= 2]
         optimizer = torch.optim.AdamW([{"params": deep, "weight_decay": decay}, {"params": flat, "weight_decay": 0.0}], lr=lr)

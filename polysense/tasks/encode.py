@@ -14,6 +14,8 @@ from polysense.base.errors import UserError
 from polysense.data.sources import BadSample
 
 Progress = Callable[[int, int], object]
+TOWERS = ("tower", "backbone", "encoder", "vision")      # what systems call the image tower that encode_image reads
+READS = ("pooled", "cls", "mean", "cls+mean", "cls4")
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,31 @@ class Features:
 
     def notes(self) -> dict[str, Any]:
         return {"skipped": [list(s) for s in self.skipped]} if self.skipped else {}
+
+
+def tower_of(system: Any, method: str) -> Any:
+    """The image tower of a system, if it has such a method; else None."""
+    return next((t for t in (getattr(system, name, None) for name in TOWERS) if hasattr(t, method)), None)
+
+
+def reader(system: Any, tokens: str) -> Callable[[Tensor], Tensor] | None:
+    """image [B,3,H,W] -> the feature that `tokens` names: "pooled", what encode_image says (None here); of the last block, behind the last norm, the
+    class token "cls", the "mean" of the patches, or both side by side "cls+mean"; "cls4", the class tokens of the last four blocks (Caron et al.
+    2021, DINO, appendix F). UserError for an unknown word, or a system whose tower has no such tokens."""
+    if tokens not in READS:
+        raise UserError(f"no features called {tokens!r}", f"they are {', '.join(READS)}")
+    if tokens == "pooled":
+        return None
+    tower = tower_of(system, "features")
+    prefix, last = getattr(tower, "prefix", -1), 4 if tokens == "cls4" else 1
+    if tower is None or prefix < (tokens != "mean") or not hasattr(tower, "body") or len(tower.body.blocks) < last:
+        raise UserError(f"{type(system).__name__} has no tower with tokens for {tokens!r}", "take tokens=pooled")
+
+    def read(image: Tensor) -> Tensor:
+        layers = [tower.body.norm(x) for x in tower.features(image)[-last:]]
+        first, rest = torch.cat([x[:, 0] for x in layers], 1), layers[-1][:, prefix:].mean(1)
+        return {"mean": rest, "cls+mean": torch.cat([first, rest], 1)}.get(tokens, first)
+    return read
 
 
 @contextmanager

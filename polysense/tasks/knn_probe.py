@@ -5,18 +5,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from polysense.tasks.encode import Progress, class_names, encode_all_images, name_of
+from polysense.tasks.encode import Progress, class_names, encode_all_images, name_of, reader
 from polysense.tasks.result import Result, classification
 
 
-def run(subject: Any, test: Any, train: Any, *, k: int = 20, temperature: float = 0.07, seed: int = 0, batch_size: int = 64,
-        progress: Progress | None = None) -> Result:
-    """`k` neighbours (all, where there are fewer training samples)."""
-    learn = encode_all_images(subject, train, progress, batch_size=batch_size)
-    asked = encode_all_images(subject, test, progress, batch_size=batch_size)
+def run(subject: Any, test: Any, train: Any, *, k: int = 20, temperature: float = 0.07, seed: int = 0, tokens: str = "pooled",
+        batch_size: int = 64, progress: Progress | None = None) -> Result:
+    """`k` neighbours (all, where there are fewer training samples). `tokens`: which features, see `encode.reader`."""
+    look = reader(subject.system, tokens) if tokens != "pooled" else None
+    learn, asked = (encode_all_images(subject, s, progress, batch_size=batch_size, encode=look) for s in (train, test))
     names, (x, y), (features, label) = class_names(asked, learn), learn.labelled(), asked.labelled()
     scores = votes(features, x, y, len(names), k, temperature)
-    notes = {**asked.notes(), "k": min(k, len(y)), "train_samples": len(y)}
+    notes = {**asked.notes(), "tokens": tokens, "k": min(k, len(y)), "train_samples": len(y)}
     return classification("knn_probe", name_of(subject), asked.name, scores, label, names, seed=seed, notes=notes)
 
 

@@ -10,25 +10,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from polysense.base.errors import UserError
-from polysense.tasks.encode import Progress, class_names, encode_all_images, name_of
+from polysense.tasks.encode import Progress, class_names, encode_all_images, name_of, reader
 from polysense.tasks.result import Result, classification
 
 SWEEP = tuple(10.0 ** e for e in range(-2, 7))
 
 
 def run(subject: Any, test: Any, train: Any, *, sweep: Sequence[float] = SWEEP, validation: float = 0.2, seed: int = 0,
-        batch_size: int = 64, progress: Progress | None = None) -> Result:
+        tokens: str = "pooled", batch_size: int = 64, progress: Progress | None = None) -> Result:
     """`sweep`: values of C tried, rising until two in a row are worse; two more, half a step to either side of the best, follow.
 
-    `validation`: share of the training data."""
-    learn = encode_all_images(subject, train, progress, batch_size=batch_size)
-    asked = encode_all_images(subject, test, progress, batch_size=batch_size)
+    `validation`: share of the training data. `tokens`: which features, see `encode.reader`."""
+    look = reader(subject.system, tokens) if tokens != "pooled" else None
+    learn, asked = (encode_all_images(subject, s, progress, batch_size=batch_size, encode=look) for s in (train, test))
     names, (x, y) = class_names(asked, learn), learn.labelled()
     c, tried = choose(x, y, len(names), sweep, validation, seed)
     weight, bias = logistic(x, y, len(names), c)
     features, label = asked.labelled()
     scores = (features.double() @ weight.T + bias).numpy()
-    notes = {**asked.notes(), "C": c, "validation_accuracy": {f"{k:.3g}": round(v, 4) for k, v in sorted(tried.items())}, "train_samples": len(y)}
+    notes = {**asked.notes(), "tokens": tokens, "C": c, "validation_accuracy": {f"{k:.3g}": round(v, 4) for k, v in sorted(tried.items())},
+             "train_samples": len(y)}
     return classification("linear_probe", name_of(subject), asked.name, scores, label, names, seed=seed, notes=notes)
 
 

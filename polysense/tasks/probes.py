@@ -2,7 +2,8 @@
 untrained. No score says as much alone: a probe of random weights is far above chance.
 
 What each does is in knn_probe, linear_probe, few_shot and attentive_probe; strengths are chosen on parts of the training data, and the test data are
-asked once by each. To train every weight on, see the preset `finetune` of `supervised`.
+asked once by each. What is learned by steps of its own (fine-tuning, the linear probes of MAE, the attentive one at full size) are presets of the
+system `probes`.
 """
 from collections.abc import Sequence
 from copy import copy
@@ -14,36 +15,37 @@ from torch import Tensor
 
 from polysense.base.errors import UserError
 from polysense.tasks import attentive_probe, few_shot, linear_probe
-from polysense.tasks.encode import Features, Progress, class_names, encode_all_images, name_of
+from polysense.tasks.encode import Features, Progress, class_names, encode_all_images, name_of, reader
 from polysense.tasks.knn_probe import votes
 from polysense.tasks.result import Metric, Result, mean_of, metric, mid_rank
 
 NEIGHBOURS, TEMPERATURE = (20, 10, 100, 200), 0.07
 
 
-def run(subject: Any, test: Any, train: Any, *, shots: Sequence[int] = (1, 5, 10), seed: int = 0, batch_size: int = 64,
-        progress: Progress | None = None) -> Result:
+def run(subject: Any, test: Any, train: Any, *, shots: Sequence[int] = (1, 5, 10), tokens: str = "pooled", steps: int = 200, seed: int = 0,
+        batch_size: int = 64, progress: Progress | None = None) -> Result:
     """The linear probe's accuracy first. `notes` hold what was chosen on the way and how the features lie: their spread (1: all over the sphere),
-    the dimensions that they fill, and the mean distance to the nearest neighbour."""
-    learn = encode_all_images(subject, train, progress, batch_size=batch_size)
-    asked = encode_all_images(subject, test, progress, batch_size=batch_size)
+    the dimensions that they fill, and the mean distance to the nearest neighbour. `steps`: of the attentive probe."""
+    look = reader(subject.system, tokens) if tokens != "pooled" else None
+    learn, asked = (encode_all_images(subject, s, progress, batch_size=batch_size, encode=look) for s in (train, test))
     straight = linear_probe.run(subject, asked, learn, seed=seed)
     out: dict[str, Metric] = {"linear": straight.metrics["accuracy"], **neighbours(asked, learn, seed)}
-    notes: dict[str, Any] = {**straight.notes, **diagnosis(asked.features)}
+    notes: dict[str, Any] = {**straight.notes, "tokens": tokens, **diagnosis(asked.features)}
     out |= few_shot.run(subject, asked, learn, shots=shots, seed=seed).metrics
     try:
-        look = attentive_probe.places_of(subject.system)
+        places_of = attentive_probe.places_of(subject.system)
     except UserError as error:
         notes["no attentive probe"] = str(error)
     else:
         if not (isinstance(train, Features) or isinstance(test, Features)):
-            places = [encode_all_images(subject, s, progress, batch_size=batch_size, encode=look) for s in (test, train)]
-            attentive = attentive_probe.run(subject, places[0], places[1], seed=seed)
+            places = [encode_all_images(subject, s, progress, batch_size=batch_size, encode=places_of) for s in (test, train)]
+            attentive = attentive_probe.run(subject, places[0], places[1], steps=steps, seed=seed)
             out["attentive"] = attentive.metrics["accuracy"]
             notes["attentive weight_decay"] = attentive.notes["weight_decay"]
     if not (isinstance(train, Features) or isinstance(test, Features)) and getattr(subject, "preset", None) is not None:
         twin = untrained(subject, seed)
-        born = [encode_all_images(twin, s, progress, batch_size=batch_size) for s in (test, train)]
+        look = reader(twin.system, tokens) if tokens != "pooled" else None
+        born = [encode_all_images(twin, s, progress, batch_size=batch_size, encode=look) for s in (test, train)]
         out["untrained_linear"] = linear_probe.run(twin, born[0], born[1], seed=seed).metrics["accuracy"]
         out |= {f"untrained_{k}": v for k, v in neighbours(born[0], born[1], seed, NEIGHBOURS[:1]).items()}
     return Result("probes", name_of(subject), asked.name, straight.n, out, straight.classes, notes, straight.units)

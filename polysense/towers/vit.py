@@ -83,6 +83,11 @@ class ViT(Tower):
             value = torch.cat([value[:, :had], own[:, had:self.prefix].detach(), value[:, had:]], 1)
         return fit_positions(value, self.prefix, self.grid) if name == "position" else value
 
+    def take_over(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What a Start's weights become here: a final norm that is not here is left behind (fine-tuning puts its own behind the pooling)."""
+        mine = self.state_dict()
+        return {k: v for k, v in weights.items() if not (k.startswith("body.norm.") and k not in mine)}
+
     def positions(self, position: Tensor, grid: tuple[int, int]) -> Tensor:
         """position [1,T,D] as learned -> for another grid of patches."""
         return fit_positions(position, self.prefix, grid, self.grid)

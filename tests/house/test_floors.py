@@ -13,7 +13,7 @@ MODEL = PARTS | {"objectives", "weights", "archetypes"}
 MAY: dict[str, set[str]] = {
     "base": set(), "objectives": {"base"}, "nn": {"base"}, "weights": {"base"}, "mechanisms": {"base", "nn"}, "towers": {"base", "nn"},
     "connectors": {"base", "nn", "towers"}, "decoders": {"base", "nn", "towers"}, "archetypes": PARTS | {"objectives", "weights"},
-    "systems": MODEL, "data": {"base"}, "tasks": {"base", "data"}, "train": {"base", "data", "weights", "objectives"},
+    "systems": MODEL, "data": {"base"}, "tasks": {"base", "nn", "data"}, "train": {"base", "data", "weights", "objectives"},
     "pipeline": {"base", "data", "weights", "train", "tasks"},
     "app": {"base", "data", "weights", "train", "tasks", "pipeline"},
     "proofs": MODEL | {"systems", "data", "tasks", "train", "pipeline", "app"},

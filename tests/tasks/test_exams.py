@@ -104,6 +104,7 @@ def planted(n=140, classes=7, noise=0.05, seed=0, width=10, name="planted") -> F
 
 SAME = Pictures()
 TRAINED = [e.name for e in EXAMS.values() if e.trains and "encode_image" in e.asks]
+QUICK = {"attentive_probe": {"steps": 5}, "probes": {"steps": 5}, "linear_probe": {"sweep": (1.0, 100.0)}}
 POOLED = [e for e in TRAINED if e != "attentive_probe"]      # exams that one vector a picture is enough for
 TAKEN = [e.name for e in EXAMS.values() if all(c.startswith("encode_") for c in e.asks)]     # by the toys above; the others have toys of their own
 
@@ -117,7 +118,7 @@ def test_frozen_means_frozen(exam: str):
         system.net[1].eval()
     before = {k: v.clone() for k, v in system.state_dict().items()}
     modes, stream = [m.training for m in system.modules()], torch.get_rng_state()
-    take(exam, subject(system), Pictures(30), Pictures(50, seed=1) if EXAMS[exam].trains else None)
+    take(exam, subject(system), Pictures(30), Pictures(50, seed=1) if EXAMS[exam].trains else None, **QUICK.get(exam, {}))
     assert all(torch.equal(v, before[k]) for k, v in system.state_dict().items())
     assert [m.training for m in system.modules()] == modes
     assert torch.equal(torch.get_rng_state(), stream)
@@ -128,7 +129,7 @@ def test_frozen_means_frozen(exam: str):
 def test_results_are_deterministic_and_complete(exam: str):
     system = Aligned() if "text" in str(EXAMS[exam].asks) else Colours().eval()
     train = Pictures(50, seed=1) if EXAMS[exam].trains else None
-    one, two = (take(exam, subject(system), Pictures(30), train) for _ in range(2))
+    one, two = (take(exam, subject(system), Pictures(30), train, **QUICK.get(exam, {})) for _ in range(2))
     assert one.to_json() == two.to_json()
     read = json.loads(one.to_json())
     assert read["exam"] == exam and read["n"] == 30 and read["subject"] == "toy" and read["data"] == "flat" and 0 < read["chance"] < 1
