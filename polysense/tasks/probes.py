@@ -1,9 +1,9 @@
 """One exam for any image encoder: neighbours, linear, few-shot and attentive probe, on features that are computed once, beside the same encoder
 untrained. No score says as much alone: a probe of random weights is far above chance.
 
-What each does is in knn_probe, linear_probe, few_shot and attentive_probe; strengths are chosen on parts of the training data, and the test data are
-asked once by each. What is learned by steps of its own (fine-tuning, the linear probes of MAE, the attentive one at full size) are presets of the
-system `probes`.
+What each does is in knn_probe, linear_probe, few_shot, attentive_probe and, where the data have masks, dense_probe; strengths are chosen on parts of
+the training data, and the test data are asked once by each. What is learned by steps of its own (fine-tuning, the linear probes of MAE, the
+attentive one at full size) are presets of the system `probes`.
 """
 from collections.abc import Sequence
 from copy import copy
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from polysense.base.errors import UserError
-from polysense.tasks import attentive_probe, few_shot, linear_probe
+from polysense.tasks import attentive_probe, dense_probe, few_shot, linear_probe
 from polysense.tasks.encode import Features, Progress, class_names, encode_all_images, name_of, reader
 from polysense.tasks.knn_probe import votes
 from polysense.tasks.result import Metric, Result, mean_of, metric, mid_rank
@@ -42,6 +42,8 @@ def run(subject: Any, test: Any, train: Any, *, shots: Sequence[int] = (1, 5, 10
             attentive = attentive_probe.run(subject, places[0], places[1], steps=steps, seed=seed)
             out["attentive"] = attentive.metrics["accuracy"]
             notes["attentive weight_decay"] = attentive.notes["weight_decay"]
+            if all(set(dense_probe.NEEDS) <= set(s.offers) for s in (test, train)) and getattr(subject, "preset", None) is not None:
+                out["dense"] = dense_probe.dense(subject, test, train, places_of, seed=seed, batch_size=batch_size)
     if not (isinstance(train, Features) or isinstance(test, Features)) and getattr(subject, "preset", None) is not None:
         twin = untrained(subject, seed)
         look = reader(twin.system, tokens) if tokens != "pooled" else None

@@ -119,6 +119,26 @@ def test_which_tokens_are_read_is_said_and_written_down():
         reader(SimpleNamespace(encoder=SimpleNamespace(dense=None)), "cls")
 
 
+def test_the_probe_of_places_finds_what_lies_where_and_chance_where_nothing_does(data):
+    from polysense.base.plan import Feed, ImagePlan
+    from polysense.tasks.dense_probe import dense, places
+
+    plain = ImagePlan(size=32, mean=(0,) * 3, std=(1,) * 3)
+    who = SimpleNamespace(system=nn.Identity(), preset=SimpleNamespace(feed=Feed(image=plain)), device="cpu")
+    test, train = data
+    truth = places(who, test, lambda image: torch.ones(len(image), 16, 2), 2, 8)[1]
+    assert truth.shape == (20, 16) and set(truth.unique().tolist()) <= {0, 1, 2} and (truth < 2).any() and (truth == 2).any()
+    masks = [torch.as_tensor(test.load(i, "mask")).float() for i in range(3)]
+    for i, mask in enumerate(masks):
+        block = mask.view(mask.shape[0], 4, 8, 4, 8).mean((2, 4)).amax(0).flatten()
+        assert torch.equal(truth[i] < 2, block >= 0.5)
+
+    blind = lambda image: torch.ones(len(image), 16, 2)
+    known = iter([F.one_hot(part, 3).float() + 0.01 for of in (train, test) for part in places(who, of, blind, 2, 8)[1].split(8)])
+    assert dense(who, test, train, lambda image: next(known), batch_size=8).value == 1.0, "features that say the class of every place"
+    assert dense(who, test, train, blind, batch_size=8).value < 0.8
+
+
 def test_diagnosis_knows_a_point_from_a_sphere():
     even, point = F.normalize(torch.randn(400, 16), dim=-1), F.normalize(torch.ones(50, 16), dim=-1)
     assert diagnosis(even)["feature_spread"] == pytest.approx(1, abs=0.05) and diagnosis(even)["effective_rank"] > 14
@@ -143,7 +163,7 @@ def test_all_probes_in_one_exam_leave_the_encoder_bit_for_bit(pipeline, data):
     before = {k: v.clone() for k, v in pipeline.system.state_dict().items()}
     result = take("probes", pipeline, *data, shots=(1, 5), steps=5)
     assert next(iter(result.metrics)) == "linear" and result.units is not None
-    assert set(result.metrics) == {"linear", "knn_20", "knn_10", "accuracy_1_shot", "accuracy_5_shot", "attentive", "untrained_linear",
+    assert set(result.metrics) == {"linear", "knn_20", "knn_10", "accuracy_1_shot", "accuracy_5_shot", "attentive", "dense", "untrained_linear",
                                    "untrained_knn_20"}
     assert result.notes["tokens"] == "pooled"
     assert {"C", "attentive weight_decay", "feature_spread", "effective_rank", "nearest_distance"} <= result.notes.keys()
