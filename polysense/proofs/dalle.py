@@ -28,7 +28,7 @@ METRIC, HIGHER_IS_BETTER = "share of drawn scenes whose colour and shape are tho
 DATA = "scenes:combos, 32 px, plain, 4 colours x 4 shapes (3,000 train; sentences of 96 test scenes)"
 SCENES = "scenes:combos?size=32&style=plain&shapes=4&colours=4&combos=all&captions=1"
 LENGTH = 20
-STAGE_1, STEPS = 600, 1000                   # steps of the codes and of the transformer: words begin to count after some 500
+STAGE_1, STEPS, JUDGE = 1200, 600, 800       # steps of the codes, of the transformer (words begin to count after some 500), and of the judge
 
 
 def plan(steps: int) -> Preset:
@@ -55,7 +55,7 @@ def compare(seed: int, train: Source, test: Source, asked: int = 96, stage_1: in
                    for fed in (None, shuffled(train, of, tokenizer, seed)))
     text = ClipText.Config(vocab=512, length=LENGTH, end=2, body=clip_body(64, 2, 2))
     scorer = train_arm("clip", small_clip(of, text, 16, 150), train, needs=needs, seed=seed, tokenizer=tokenizer).subject
-    judge = train_judge(train, of.feed, 16, 400, seed)
+    judge = train_judge(train, of.feed, 16, JUDGE, seed)
     batch = next(iter(Loader(test, of.feed, tokenizer, batch_size=asked, train=False, needs=("image", "text", "label"))))
     scores: dict[str, float] = {}
     for name, subject in (("told", told), ("blind", blind)):
