@@ -58,7 +58,7 @@ def _read(config: Dict, state: State, name: str) -> tuple[str, Dict]:
     out: Dict = {
         f"{body}.width": wide, f"{body}.depth": count(state, "beit3.encoder.layers"), f"{body}.heads": max(1, wide // 64),
         f"{body}.block.mlp.hidden": size(state, "beit3.encoder.layers.0.ffn.A.fc1.weight"), "config.net.image.size": grid * patch,
-        "config.net.image.patch": patch, "config.net.text.vocab": vocab, "config.net.text.length": length,
+        "config.net.image.patch": patch, "config.net.text.vocab": vocab, "config.net.text.length": length, "config.words.vocab": vocab,
         **{f"config.{h}.{k}": v for h in ("hide_text", "hide_pair", "hide_caption") for k, v in (("vocab", vocab), ("mask", mask))},
         **{f"config.{h}_head.{k}": wide for h in ("image", "text") for k in ("into", "out")},
         "config.sampler.hidden": round(75 / 196 * grid * grid), "config.sampler.least": max(1, round(16 / 196 * grid * grid)),

@@ -1,7 +1,7 @@
 """VLMo as released (unilm): `vlmo_base_patch16_224.pt`, the pre-trained model with its heads.
 
-Their sequence is [text; image], ours [image; text]: attention knows no order, so only names differ. The tables of relative positions of all layers stand
-side by side in one parameter, as here. The visual tokenizer and the token of hidden patches are not in the file.
+Their sequence is [text; image], ours [image; text]: attention knows no order, so only names differ. The tables of relative positions of all layers
+stand side by side in one parameter, as here. The visual tokenizer and the token of hidden patches are not in the file.
 """
 from typing import Any
 
@@ -25,7 +25,7 @@ def _block() -> tuple[Rule, ...]:
 KEYS = KeyMap((
     *_block(), rule("transformer.cls_token", "net.image.cls"), *both("transformer.patch_embed.proj", "net.image.patch"),
     *both("transformer.norm", "net.body.norm"), rule(TABLE, "net.body.relative.table"), rule("token_type_embeddings.weight", "net.kind.weight"),
-    rule("text_embeddings.word_embeddings.weight", "net.text.embed.weight"), rule("text_embeddings.token_type_embeddings.weight", "net.text.kind.weight"),
+    *(rule(f"text_embeddings.{t}_embeddings.weight", f"net.text.{o}.weight") for t, o in (("word", "embed"), ("token_type", "kind"))),
     *both("text_embeddings.LayerNorm", "net.text.norm"), *both("pooler.dense", "pooler.pre"), *both("itm_score.fc", "match_head"),
     *both("mlm_score.transform.dense", "words.pre"), *both("mlm_score.transform.LayerNorm", "words.norm"),
     rule("mlm_score.decoder.weight", "words.table"), rule("mlm_score.bias", "words.bias"),
@@ -50,7 +50,8 @@ def read(config: Dict, state: State) -> tuple[str, Dict]:
     return "paper", {
         f"{body}.width": wide, f"{body}.depth": depth, f"{body}.heads": heads, f"{body}.fused": fused, f"{body}.relative.grid": (grid, grid),
         f"{body}.block.mlp.hidden": size(state, "transformer.blocks.0.mlp_imag.fc1.weight"), "config.net.image.size": grid * patch,
-        "config.net.image.patch": patch, "config.net.text.vocab": vocab, "config.net.text.length": length, "config.hide_text.vocab": vocab,
+        "config.net.image.patch": patch, "config.net.text.vocab": vocab, "config.net.text.length": length,
+        "config.hide_text.vocab": vocab, "config.words.vocab": vocab,
         **project, "config.pooler.into": wide, "config.pooler.hidden": wide, "config.match_head.into": wide,
         "config.sampler.hidden": round(75 / 196 * grid * grid), "config.sampler.least": max(1, round(16 / 196 * grid * grid)),
         "config.target.size": grid * 8, "feed.text.vocab": vocab, "feed.text.length": length, **image_feed(grid * patch)}

@@ -187,7 +187,8 @@ def config(net: Multiway.Config, target: CodeTarget.Config, hidden: int, least: 
     """mask and special (padding, start, end) are ids; hidden and least are the block mask's."""
     wide, words, (pad, start, end) = net.width, PureWordMask.Config(vocab=net.text.vocab, mask=mask, special=special), special
     project = Linear.Config(into=wide, out=wide, std=0.02)
-    return BEiT3.Config(net=net, target=target, sampler=BlockMask.Config(hidden=hidden, least=least), words=PlainWordHead.Config(), hide_text=words,
+    return BEiT3.Config(net=net, target=target, sampler=BlockMask.Config(hidden=hidden, least=least),
+                        words=PlainWordHead.Config(vocab=net.text.vocab), hide_text=words,
                         hide_pair=words.but(share=0.5), hide_caption=words.but(share=0.6, special=(pad, start)), start=start, end=end,
                         image_head=project, text_head=project)
 

@@ -64,7 +64,8 @@ def config(net: Multiway.Config, target: CodeTarget.Config, hidden: int, least: 
     """mask and special (padding, start, end) are ids; hidden and least are the block mask's."""
     wide, words = net.width, PureWordMask.Config(vocab=net.text.vocab, mask=mask, special=special)
     project = Linear.Config(into=wide, out=wide, std=0.02)
-    return VLBEiT.Config(net=net, target=target, sampler=BlockMask.Config(hidden=hidden, least=least), words=WordHead.Config(), hide_text=words,
+    return VLBEiT.Config(net=net, target=target, sampler=BlockMask.Config(hidden=hidden, least=least), words=WordHead.Config(vocab=net.text.vocab),
+                         hide_text=words,
                          hide_pair=words.but(share=0.5), image_head=project, text_head=project, pooler=TanhHead.Config(into=wide, hidden=wide),
                          answer=answer)
 

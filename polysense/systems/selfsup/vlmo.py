@@ -121,7 +121,7 @@ def config(net: Multiway.Config, target: CodeTarget.Config, hidden: int, least: 
     wide, vocab = net.width, net.text.vocab
     project = Linear.Config(into=wide, out=wide, std=0.02)
     return VLMo.Config(
-        net=net, target=target, sampler=BlockMask.Config(hidden=hidden, least=least), words=OwnWordHead.Config(),
+        net=net, target=target, sampler=BlockMask.Config(hidden=hidden, least=least), words=OwnWordHead.Config(vocab=vocab),
         hide_text=WholeWordMask.Config(vocab=vocab, mask=mask, special=special), image_head=project, text_head=project, fused_image_head=project,
         fused_text_head=project, pooler=TanhHead.Config(into=wide, hidden=wide), match_head=LinearBias.Config(into=wide, out=2, std=0.02),
         answer=answer)
