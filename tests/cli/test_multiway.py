@@ -45,5 +45,8 @@ def test_captions_and_features(place, capsys):
     assert run("caption", place / "red.png", "-m", place / "beit_3", "--json") == 0
     assert "red.png" in capsys.readouterr().out
     assert run("exam", place / "beit_3", "retrieval", "--data", "scenes?n=12", "--json") == 0
+    capsys.readouterr()
+    assert run("fill", "a ___ circle", "-m", place / "beit_3", "--json") == 0
+    assert capsys.readouterr().out.strip()
     assert run("match", place / "red.png", "a red circle", "-m", place / "beit_3") == 2
     assert "match_text" in capsys.readouterr().err
