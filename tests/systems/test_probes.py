@@ -132,3 +132,12 @@ def test_every_protocol_learns(protocol):
     steps = list(fit(model, plan.stages[0].but(steps=12, batch_size=12, **{"optim.warmup": 0}), iter([batch] * 12)))
     assert steps[-1].total < steps[0].total
     assert model.classify(batch["image"]).shape == (12, 15) and model.encode_image(batch["image"]).shape[0] == 12
+
+
+def test_labels_beyond_the_head_are_refused_in_one_line():
+    plan = plan_of("linear")
+    batch = batch_of(plan)
+    batch["label"][0] = 15
+    with pytest.raises(UserError, match="a label 15 among 15 classes") as caught:
+        plan.config.build().losses(batch)
+    assert "\n" not in str(caught.value)

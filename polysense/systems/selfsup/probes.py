@@ -183,10 +183,12 @@ def tiny() -> Preset:
 
 
 def tiny_linear() -> Preset:
+    """The same encoder, frozen, under a batch norm and a dense layer."""
     return _tiny(linear)
 
 
 def tiny_attentive() -> Preset:
+    """The same encoder, frozen, under a learned query."""
     return _tiny(attentive)
 
 
@@ -201,9 +203,10 @@ def paper() -> Preset:
 
 
 def paper_linear() -> Preset:
-    """Table 10."""
+    """Linear probe (He et al. 2022, table 10)."""
     return _paper(linear)
 
 
 def paper_attentive() -> Preset:
+    """Attentive probe (Chen et al. 2022, CAE, appendix)."""
     return _paper(attentive)
