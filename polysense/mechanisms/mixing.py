@@ -28,11 +28,12 @@ class Mixing(Part):
         self.c = c
 
     def forward(self, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        """image [B,3,H,W], label int [B] -> pictures mixed with those of the reversed batch, and class weights [B,C] that sum to one. UserError for labels beyond the
-        classes."""
+        """image [B,3,H,W], label int [B] -> pictures mixed with those of the reversed batch, and class weights [B,C] that sum to one.
+        UserError for labels beyond the classes."""
         c = self.c
         if int(label.max()) >= c.classes:
-            raise UserError(f"a label {int(label.max())} among {c.classes} classes", "set classes of the mixing and out of the head to those of the data")
+            raise UserError(f"a label {int(label.max())} among {c.classes} classes",
+                            "set classes of the mixing and out of the head to those of the data")
         target = F.one_hot(label, c.classes).float()
         if not self.training or not (c.mixup or c.cutmix):
             return image, target
