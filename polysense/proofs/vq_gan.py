@@ -23,15 +23,16 @@ from polysense.systems.generate import vq_gan, vq_vae
 
 METRIC, HIGHER_IS_BETTER = "| log sharpness of drawn photographs by that of the originals |", False
 DATA = "tiny_imagenet40 at 32 px (4,000 train, 400 test); 256 codes on 8x8 places"
-BLURRED, SHARPENED, WROTE, BATCH = 220, 140, 150, 8
-RATE, LATER = 2e-3, 5e-4
+BLURRED, SHARPENED, WROTE, BATCH = 220, 80, 120, 8
+RATE, LATER = 2e-3, 3e-4
+LOOK, CRITIC = 0.03, 0.3                     # weights of the perceptual distance and, beside the balance of gradients, of the critic
 
 
 def plan() -> Preset:
     base = vq_gan.tiny()
     steps = {f"stages.{i}.steps": n for i, n in enumerate((BLURRED, SHARPENED, WROTE))}
     return base.but(starts=(), **steps, **{"stages.0.batch_size": BATCH, "stages.1.batch_size": BATCH, "stages.0.optim.lr": RATE,
-                                           "stages.1.optim.lr": LATER})
+                                           "stages.1.optim.lr": LATER, "config.perceptual_weight": LOOK, "config.critic_weight": CRITIC})
 
 
 def twin() -> Preset:

@@ -39,6 +39,8 @@ SIGNS: dict[tuple[str, str], str] = {
     ("albef", "vqa"): r"text_decoder\.bert\.encoder\.layer\.\d+\.crossattention\.self\.query\.weight",
     ("dalle_dvae", "openai"): r"encoder\.blocks\.group_1\.block_1\.res_path\.conv_1\.w",
     ("dalle_dvae", "flava"): r"(image_codebook\.)?blocks\.group_1\.group\.block_1\.res_path\.path\.conv_1\.weight",
+    ("bevt", "torchvision"): r"features\.0\.0\.attn\.relative_position_bias_table",
+    ("bevt", "mmaction"): r"backbone\.layers\.0\.blocks\.0\.attn\.relative_position_bias_table",
     ("vit_vqgan", "enhancing"): r"encoder\.en_pos_embedding",
     ("vq_gan", "taming"): r"encoder\.down\.0\.block\.0\.conv1\.weight",
     ("vq_gan", "diffusers"): r"encoder\.mid_block\.resnets\.0\.conv1\.weight",
