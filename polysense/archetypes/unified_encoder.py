@@ -105,12 +105,16 @@ class UnifiedEncoder(System):
         return hidden_words(self.word_logits(seen.text[chosen]), text[chosen]), self.code_loss(seen.image, image, masking)
 
     def masked_losses(self, batch: Batch, hide: Any) -> Losses:
-        """Of every part of a batch its own terms, alike weighted; a part without a sample adds nothing. Fillers are not read."""
-        image, text, part = batch["image"], batch["text"], self.parts(batch)
-        none = self.hide.token.sum() * 0
-        words, codes = self.pair_losses(image[part.pairs], text[part.pairs], hide) if len(part.pairs) else (none, none)
-        return Losses(text=self.text_loss(text[part.texts]) if len(part.texts) else none, pair=words + codes,
-                      image=self.picture_loss(image[part.pictures]) if len(part.pictures) else none)
+        """Of every part of a batch its own term, alike weighted; a part without a sample has none. Fillers are not read."""
+        image, text, part, out = batch["image"], batch["text"], self.parts(batch), Losses()
+        if len(part.pairs):
+            words, codes = self.pair_losses(image[part.pairs], text[part.pairs], hide)
+            out["pair"] = words + codes
+        if len(part.texts):
+            out["text"] = self.text_loss(text[part.texts])
+        if len(part.pictures):
+            out["image"] = self.picture_loss(image[part.pictures])
+        return out
 
     def guess(self, image: Tensor, text: Tensor, hidden: Tensor) -> Tensor:
         """image [B,3,H,W], text [B,L], hidden bool [B,L], words that are not read -> logits [W,V], row by row."""

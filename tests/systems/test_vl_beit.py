@@ -59,7 +59,7 @@ def test_each_loss_reads_its_own_third(system, batch):
     told, plain = losses(system, roles), losses(system, {k: v[order] for k, v in batch.items()})
     assert all(torch.equal(told[k], plain[k]) for k in told)
     alone = losses(system, {**batch, "has": torch.ones(9, dtype=torch.long)})
-    assert float(alone["text"]) == float(alone["pair"]) == 0 and float(alone["image"]) > 0
+    assert set(alone) == {"image"}
 
 
 def test_sequences_of_three_kinds(system, batch, monkeypatch):

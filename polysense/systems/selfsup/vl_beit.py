@@ -15,7 +15,7 @@ sample gives its picture only, and every third its text only.
 from dataclasses import dataclass
 
 from polysense.archetypes.answering_encoder import AnsweringEncoder, replying
-from polysense.archetypes.unified_encoder import SINGLE
+from polysense.archetypes.unified_encoder import SHARED, SINGLE
 from polysense.base.card import Card
 from polysense.base.system import Batch, Feed, ImagePlan, Losses, Optim, Preset, Spec, Stage, Start, TextPlan, ViewPlan, final
 from polysense.base.telling import Mixed, Roles, ToldFeed
@@ -94,9 +94,12 @@ def tiny() -> Preset:
 
 
 def corpora() -> Preset:
-    """Pictures, and pictures with captions, as two sets: half of every batch each. Texts are joined by `--data A+B+C` and three shares."""
+    """Pictures, and pictures with captions, as two sets: half of every batch each. Without texts alone the last L-FFN learn nothing; texts are a third
+    set, joined by `--data A+B+C` with three shares and `stages.0.trainable` as in `captions`."""
     base = captions()
-    return base.but(data="tiny_imagenet40+natural_captions", stages=base.stages[:1], feed=ToldFeed(
+    texts = tuple(f"net.body.blocks.{i}.text.*" for i in range(3))
+    learns = (*SHARED, "net.image.*", "net.text.*", "net.body.blocks.*.image.*", "net.body.blocks.*.pair.*", *texts, "hide.*", "codes.*", "words.*")
+    return base.but(data="tiny_imagenet40+natural_captions", stages=(base.stages[0].but(trainable=learns),), feed=ToldFeed(
         image=base.feed.image, train_image=base.feed.train_image, text=base.feed.text, told=(Roles(), Mixed(shares=(0.5, 0.5)))))
 
 
