@@ -94,8 +94,8 @@ def tiny() -> Preset:
 
 
 def corpora() -> Preset:
-    """Pictures, and pictures with captions, as two sets: half of every batch each. Without texts alone the last L-FFN learn nothing; texts are a third
-    set, joined by `--data A+B+C` with three shares and `stages.0.trainable` as in `captions`."""
+    """Pictures, and pictures with captions, as two sets: half of every batch each. Without texts alone the last L-FFN learn nothing; texts are a
+    third set, joined by `--data A+B+C` with three shares and `stages.0.trainable` as in `captions`."""
     base = captions()
     texts = tuple(f"net.body.blocks.{i}.text.*" for i in range(3))
     learns = (*SHARED, "net.image.*", "net.text.*", "net.body.blocks.*.image.*", "net.body.blocks.*.pair.*", *texts, "hide.*", "codes.*", "words.*")
