@@ -16,6 +16,7 @@ from polysense.mechanisms.word_mask import WholeWordMask
 from polysense.nn.multiway import Route
 from polysense.nn.relative import PairBias, offsets
 from polysense.objectives.matching import matching_pairs
+from polysense.objectives.spread import Places
 from polysense.systems.selfsup import vlmo
 from polysense.towers.multiway import apart_sees, shared_multiway, together
 
@@ -192,6 +193,24 @@ def test_three_losses_of_the_third_stage(system, batch, monkeypatch):
     logits = system.match_head(system.fused(batch["image"][pairs.image], batch["text"][pairs.text]))
     torch.testing.assert_close(losses["match"], F.cross_entropy(logits, pairs.truth))
     torch.testing.assert_close(system.match_text(batch["image"], batch["text"]), logits[:4].softmax(-1)[:, 1])
+
+
+@torch.no_grad()
+def test_hard_negatives_are_looked_for_on_all_ranks(system, batch, monkeypatch):
+    """As rank 1 of 2, the other rank's samples before its own."""
+    asked, fed = {}, []
+    monkeypatch.setattr(vlmo, "places", lambda x: Places((4, 4), 1))
+    monkeypatch.setattr(vlmo, "widest", lambda n, device: n + 2)
+    monkeypatch.setattr(vlmo, "gather", lambda x, at: torch.cat([x.flip(0), x]))
+    monkeypatch.setattr(vlmo, "matching_pairs", lambda *a: asked.setdefault("pairs", matching_pairs(*a)))
+    fused = type(system).fused
+    monkeypatch.setattr(type(system), "fused", lambda self, image, text: fed.append((image, text)) or fused(self, image, text))
+    system.pairs(batch)
+    pairs, (images, texts) = asked["pairs"], fed[0]
+    assert pairs.image[:4].tolist() == pairs.text[:4].tolist() == [4, 5, 6, 7] and bool((pairs.image == pairs.text).eq(pairs.truth.bool()).all())
+    assert torch.equal(images[:4], batch["image"]) and torch.equal(texts[:4], F.pad(batch["text"], (0, 2)))
+    every = torch.cat([batch["image"].flip(0), batch["image"]])
+    assert torch.equal(images, every[pairs.image]) and int(pairs.image.max()) < 8
 
 
 def test_words_are_hidden_whole():
