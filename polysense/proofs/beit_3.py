@@ -4,6 +4,7 @@ Scenes of two things, told as "a red star left of a blue cross"; visual codes ar
 trained first on the same scenes. The score is the share of hidden words of unseen captions guessed beside their own picture, the baseline the same
 network beside the picture of another. In the notes, after a short tuning each: the share of the four told words (colours and shapes) that written
 captions have right at their places, beside that of the commonest caption; recall@5 after contrastive tuning, and after the same from scratch.
+Sizes are a first guess, after those of VLMo's proof.
 """
 from collections import Counter
 from typing import Any

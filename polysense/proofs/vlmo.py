@@ -2,7 +2,8 @@
 
 Scenes of two things, told as "a red star left of a blue cross". The score is the share of hidden words of unseen captions that are guessed beside
 their own picture; the baseline is the same network beside the picture of another. In the notes: recall@5 by the two single passes (mean of both
-directions) among 200 pictures, and with the ten best looked at again by the fusion pass of the same weights.
+directions) among 200 pictures, and with the ten best looked at again by the fusion pass of the same weights. Sized once, on other scenes: the picture
+helps with words; after so few steps the second look did not yet help the search.
 """
 from polysense.base.system import Preset
 from polysense.proofs import multiway
