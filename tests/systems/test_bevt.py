@@ -13,6 +13,7 @@ from polysense.mechanisms.span_mask import SpanMask
 from polysense.towers.swin import WindowBlock
 from polysense.towers.swin3d import CubeBlock, Swin3D, from_cubes, into_cubes
 from polysense.train.fit import fit
+from polysense.train.run import load_run, train_preset
 
 recipe = polysense.load("bevt")
 CODEC = VQCodec.Config(encoder=ConvEncoder.Config(width=8, hidden=4, out=4), decoder=ConvDecoder.Config(into=4, width=8, hidden=4),
@@ -194,6 +195,26 @@ def test_stages_lower_their_losses(system, batch):
         stage = plan.stages[0].but(steps=12, batch_size=3, **{"optim.warmup": 0, "optim.lr": 3e-3})
         steps = list(fit(system, stage, iter([batch] * 12)))
         assert min(s.total for s in steps[6:]) < steps[0].total
+
+
+def test_stage_2_begins_with_what_stage_1_learned_inflated(tmp_path, monkeypatch):
+    """Through the runs that a preset stands on: tokenizer, stage 1, stage 2, a step each."""
+    from polysense.systems.generate import vq_vae
+
+    monkeypatch.setenv("POLYSENSE_CACHE", str(tmp_path / "cache"))
+    data = {"data": "scenes:clips?size=32&frames=8&n=8", "stages.0.steps": 1, "stages.0.batch_size": 4}
+    small, first = (f().but(**data) for f in (vq_vae.small, recipe.tiny_pictures))
+    monkeypatch.setattr(vq_vae, "small", lambda: small)
+    monkeypatch.setattr(recipe, "tiny_pictures", lambda: first)
+    plan = recipe.tiny().but(**{**data, "stages.0.optim.lr": 0.0})
+    list(train_preset("bevt", plan, ("image", "video|image"), out=tmp_path / "run", seed=0, workers=0, device="cpu"))
+    made = load_run(tmp_path / "run").system
+    runs = {p.name.rsplit("-", 1)[0]: p for p in (tmp_path / "cache" / "runs").iterdir()}
+    before, codec = load_run(runs["bevt-tiny_pictures"]).system, load_run(runs["vq_vae-small"]).system.codec
+    assert torch.equal(made.encoder.stages[1].blocks[1].mlp.up.weight, before.encoder.stages[1].blocks[1].mlp.up.weight)
+    assert torch.equal(made.decoder.still.down.weight, before.decoder.still.down.weight)
+    torch.testing.assert_close(made.encoder.patch.weight[:, :, 1] * 2, before.encoder.still.weight)
+    assert all(torch.equal(v, made.target.codec.state_dict()[k]) for k, v in codec.state_dict().items())
 
 
 def test_features_are_of_unit_length_and_bad_input_is_one_line(system, batch):

@@ -2,6 +2,7 @@
 import pytest
 import torch
 from fake import fake_batch
+from PIL import Image
 
 import polysense
 from polysense.archetypes.generator import alternate
@@ -13,6 +14,7 @@ from polysense.decoders.gumbel import GumbelQuantizer
 from polysense.decoders.patch_critic import PatchCritic
 from polysense.decoders.perceptual import Perceptual, vgg_rows
 from polysense.objectives.codes import codebook_loss, commitment_loss
+from polysense.pipeline import Pipeline
 from polysense.train.fit import fit
 from polysense.train.state import Training
 from polysense.weights.lpips import write_perceptual
@@ -277,6 +279,18 @@ def test_equal_seeds_draw_equal_pictures(system):
     one = system.sample_image(2, steps=1)
     torch.manual_seed(3)
     assert one.shape == (2, 3, 8, 8) and torch.equal(system.sample_image(2, steps=1), one)
+
+
+def test_verbs_go_from_files_to_pictures(tmp_path):
+    place = tmp_path / "one.png"
+    Image.effect_noise((12, 10), 80).convert("RGB").save(place)
+    subject = Pipeline(made().eval(), TOY, None, id="vq_gan")
+    codes = subject.encode_codes([place])
+    assert codes.shape == (1, 4, 4)
+    for pictures in (subject.decode_codes(codes), subject.reconstruct([place]), subject.generate(count=1, seed=3)):
+        assert pictures[0].size == (8, 8)
+    with pytest.raises(UserError, match="without words"):
+        subject.generate(["a cat"])
 
 
 # -- all of it --------------------------------------------------------------------------------------------------------------------------
