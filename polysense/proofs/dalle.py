@@ -1,6 +1,6 @@
 """Pictures written token by token show what the sentence says; the same transformer on shuffled captions does not, and ranking eight helps.
 
-Scenes of one thing at 32 px, 16 kinds (four colours, four shapes): 8x8 codes, then the transformer, then a small CLIP on the same scenes as the
+Scenes of one large thing at 32 px, 16 kinds (four colours, four shapes): 8x8 codes, then the transformer, then a small CLIP on the same scenes as the
 scorer. The codes are a VQ-VAE's (preset tiny_vq): in the minute there is, the discrete VAE's relaxed codes do not yet keep colour and shape.
 The judge is another network, trained on real scenes to name both.
 """
@@ -18,14 +18,14 @@ from polysense.pipeline import Pipeline
 from polysense.proofs.arms import train_arm, words
 from polysense.proofs.harness import Outcome
 from polysense.proofs.judge import agreement, small_clip, train_judge
-from polysense.proofs.pool import kept
+from polysense.proofs.pool import kept, large
 from polysense.systems.generate import dalle, vq_vae
 from polysense.towers.clip import body as clip_body
 from polysense.towers.clip_text import ClipText
 from polysense.train.starts import carry
 
 METRIC, HIGHER_IS_BETTER = "share of drawn scenes whose colour and shape are those of the sentence (best of 8 by the scorer)", True
-DATA = "scenes:combos, 32 px, plain, 4 colours x 4 shapes (3,000 train; sentences of 96 test scenes)"
+DATA = "scenes:combos, 32 px, plain, large, 4 colours x 4 shapes (about 3,000 train; sentences of 96 test scenes)"
 SCENES = "scenes:combos?size=32&style=plain&shapes=4&colours=4&combos=all&captions=1"
 LENGTH = 20
 STAGE_1, STEPS, JUDGE = 1200, 600, 800       # steps of the codes, of the transformer (words begin to count after some 500), and of the judge
@@ -80,4 +80,5 @@ def drawn(subject: Pipeline, scorer: Pipeline, batch: Batch, seed: int, count: i
 
 
 def run(seed: int) -> Outcome:
-    return compare(seed, source(f"{SCENES}&n=3000&seed={seed}"), source(f"{SCENES}&n=96&seed={seed}", split="test"), stage_1=STAGE_1, steps=STEPS)
+    train, test = large(source(f"{SCENES}&n=9000&seed={seed}")), large(source(f"{SCENES}&n=400&seed={seed}", split="test"))
+    return compare(seed, train, test, stage_1=STAGE_1, steps=STEPS)

@@ -2,6 +2,9 @@
 
 The same model with cells of one patch is trained beside it: hidden pixels then lie beside visible ones and are guessed with a smaller error,
 while a linear layer on its frozen features does not gain, which is why the paper hides large cells. Both are noted. Sizes are a first guess.
+
+As filed, it draws better than the mean colour, and a shade worse than copying the nearest visible patch: the steps are too few for its window
+attention to reach what lies around a hidden square.
 """
 import torch
 from torch import Tensor
