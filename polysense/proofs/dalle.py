@@ -28,7 +28,7 @@ METRIC, HIGHER_IS_BETTER = "share of drawn scenes whose colour and shape are tho
 DATA = "scenes:combos, 32 px, plain, large, 4 colours x 4 shapes (about 3,000 train; sentences of 96 test scenes)"
 SCENES = "scenes:combos?size=32&style=plain&shapes=4&colours=4&combos=all&captions=1"
 LENGTH = 20
-STAGE_1, STEPS, JUDGE = 1200, 600, 800       # steps of the codes, of the transformer (words begin to count after some 500), and of the judge
+STAGE_1, STEPS, JUDGE = 800, 600, 800        # steps of the codes, of the transformer (words begin to count after some 500), and of the judge
 
 
 def plan(steps: int) -> Preset:
