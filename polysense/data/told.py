@@ -16,9 +16,9 @@ from polysense.data.entities import Entity, EntityBase, Linked, Score, labels_of
 from polysense.data.knowledge import Knowledge, informed
 from polysense.data.retold import triplets
 from polysense.data.rewrites import brings_rewrites, rewritten
+from polysense.data.roles import Cast
 from polysense.data.scenes.glossary import GLOSSES
 from polysense.data.scenes.palette import COLOURS, SHAPES
-from polysense.data.roles import Cast
 from polysense.data.sources import Source
 from polysense.data.weblike import Fits, Mixture, cleaned
 

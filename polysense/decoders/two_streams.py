@@ -49,6 +49,6 @@ class TwoStreams(Part):
     def of_clip(self, before: Tensor, last: Tensor) -> Tensor:
         """The maps of a clip -> logits [B,F,h,w,K] of every frame."""
         x = self.moving(before, last)
-        b, t, h, w, _ = x.shape
+        b, _, h, w, _ = x.shape
         x = self.times(x.permute(0, 2, 3, 4, 1).flatten(0, 2)).unflatten(0, (b, h, w)).permute(0, 4, 1, 2, 3)
         return self.classify(self.moving_norm(x))

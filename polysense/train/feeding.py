@@ -14,7 +14,7 @@ from polysense.base.telling import Cleaned
 from polysense.train.folder import Run
 from polysense.train.parallel import World
 
-TEXTS = {"text", "text_mask", "word", "names", "question", "answer", "chat", "chat_reply", "brief", "brief_reply", "episode"}     # made with a tokenizer
+TEXTS = {"text", "text_mask", "word", "names", "question", "answer", "chat", "chat_reply", "brief", "brief_reply", "episode"}  # by a tokenizer
 
 
 class Stream(Protocol):

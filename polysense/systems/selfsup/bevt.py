@@ -10,7 +10,7 @@ clips need is inflated from what pictures have learned, at the start of stage 2.
 same ones over a run of half to all of the times, which may wrap around; the mask is repeated to the finer grid of patches, where one learned token
 stands in for what is hidden. A frozen tokenizer gives the codes of every frame, and the mask holds for both frames of a time.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +47,7 @@ class BEVT(System):
     class Config(Spec):
         encoder: Swin3D.Config
         target: CodeTarget.Config
-        decoder: TwoStreams.Config = TwoStreams.Config()
+        decoder: TwoStreams.Config = field(default_factory=TwoStreams.Config)
         image_mask: BlockMask.Config
         video_mask: SpanMask.Config
 
