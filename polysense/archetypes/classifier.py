@@ -6,7 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from polysense.base.errors import UserError
-from polysense.base.system import System
+from polysense.base.system import Batch, Losses, System
+from polysense.mechanisms.mixing import Mixing
+from polysense.objectives.classify import softmax_ce
 from polysense.towers.headed import Headed
 
 
@@ -29,6 +31,23 @@ class Classifier(Headed, System):
         """image [B,3,H,W] -> class probabilities [B,C]: the mean softmax over the corners, the centre, and all five mirrored (Krizhevsky et al.
         2012, section 4.1). Raises UserError for a picture smaller than a crop."""
         return torch.stack([self.classify(crop).softmax(-1) for crop in ten_crops(image, size)]).mean(0)
+
+
+class MixedClassifier(Classifier):
+    """Learns from pictures that are mixed with one another, and their labels with them (mixup, CutMix); labels may be smoothed."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Classifier.Config):
+        mix: Mixing.Config
+        smoothing: float = 0.0
+
+    def __init__(self, c: Config):
+        super().__init__(c)
+        self.mix, self.smoothing = c.mix.build(), c.smoothing
+
+    def losses(self, batch: Batch) -> Losses:
+        image, target = self.mix(batch["image"], batch["label"])
+        return Losses(label=softmax_ce(self.classify(image), target, self.smoothing))
 
 
 def ten_crops(image: Tensor, size: int) -> list[Tensor]:

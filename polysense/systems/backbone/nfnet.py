@@ -13,12 +13,11 @@ everywhere but in the last dense layer (`AdaptiveClip`). F6 is the vision encode
 """
 from dataclasses import dataclass
 
-from polysense.archetypes.classifier import Classifier
+from polysense.archetypes.classifier import MixedClassifier
 from polysense.base.card import Card
-from polysense.base.system import AdaptiveClip, AugmentPlan, Batch, Feed, ImagePlan, Losses, Preset, Stage, ViewPlan, final
+from polysense.base.system import AdaptiveClip, AugmentPlan, Feed, ImagePlan, Preset, Stage, ViewPlan, final
 from polysense.mechanisms.mixing import Mixing
 from polysense.nn.head import LinearBias
-from polysense.objectives.classify import softmax_ce
 from polysense.towers.nfnet import NFNet, NormFree
 from polysense.weights import nfnet_timm
 
@@ -34,19 +33,10 @@ weights = {"timm": nfnet_timm.LAYOUT}
 
 
 @final
-class NormaliserFree(Classifier):
+class NormaliserFree(MixedClassifier):
     @dataclass(frozen=True, kw_only=True)
-    class Config(Classifier.Config):
-        mix: Mixing.Config
+    class Config(MixedClassifier.Config):
         smoothing: float = 0.1
-
-    def __init__(self, c: Config):
-        super().__init__(c)
-        self.mix, self.smoothing = c.mix.build(), c.smoothing
-
-    def losses(self, batch: Batch) -> Losses:
-        image, target = self.mix(batch["image"], batch["label"])
-        return Losses(label=softmax_ce(self.classify(image), target, self.smoothing))
 
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -17,15 +17,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from polysense.archetypes.classifier import Classifier
+from polysense.archetypes.classifier import MixedClassifier
 from polysense.base.card import Card
 from polysense.base.catalogue import preset_of
 from polysense.base.errors import UserError
-from polysense.base.system import AugmentPlan, Batch, Feed, ImagePlan, Losses, Optim, Preset, Spec, Stage, Start, ViewPlan, final
+from polysense.base.system import AugmentPlan, Feed, ImagePlan, Optim, Preset, Spec, Stage, Start, ViewPlan, final
 from polysense.mechanisms.mixing import Mixing
 from polysense.nn.attentive import AttentiveHead, AttentivePool
 from polysense.nn.head import BatchLinear, LinearBias, NormLinear
-from polysense.objectives.classify import softmax_ce
 from polysense.towers.vit import ViT
 
 card = Card(
@@ -42,19 +41,10 @@ ENCODERS = ("mae", "cae", "beit", "beit_v2", "maskfeat", "data2vec_vision", "mvp
 
 
 @final
-class Probes(Classifier):
+class Probes(MixedClassifier):
     @dataclass(frozen=True, kw_only=True)
-    class Config(Classifier.Config):
-        mix: Mixing.Config
-        smoothing: float = 0.0
-
-    def __init__(self, c: Config):
-        super().__init__(c)
-        self.mix, self.smoothing = c.mix.build(), c.smoothing
-
-    def losses(self, batch: Batch) -> Losses:
-        image, target = self.mix(batch["image"], batch["label"])
-        return Losses(label=softmax_ce(self.classify(image), target, self.smoothing))
+    class Config(MixedClassifier.Config):
+        pass
 
 
 # -- what learns, and how --------------------------------------------------------------------------------------------------------------------
