@@ -3,7 +3,8 @@
 A tower has learned to name colours and shapes and is frozen, its features are computed once; a small language model reads captions, alone and
 behind a bag of their words, and is frozen. BLIP-2 then runs both stages; the controls are its second stage alone, as long, and as long as
 both together. Each writes captions of new pictures; colour and shape of what is shown count one each when the caption names them. The
-language model without a picture says what the words alone are worth. Sizes are a first guess; trials are made on pictures of other seeds.
+language model without a picture says what the words alone are worth. Sized with another seed: the language model reads until it copies words that stand before a
+caption, without which no stage can tell it anything; and the second stage is short, as longer ones say as much with and without the first.
 """
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from polysense.systems.lmm import blip2
 METRIC, HIGHER_IS_BETTER = "attributes (colour, shape) that greedy captions name rightly, share", True
 SCENES = "scenes:combos?shapes=circle,cross&colours=6&style=plain&size=32&n={}&seed={}"
 DATA = "scenes:combos of two shapes and six colours at 32 px (2,000 pairs; 500 new pictures)"
-SEE, READ, ALIGN, SPEAK = 80, 200, 150, 120           # steps: the tower, the language model, stage 1, stage 2
+SEE, READ, ALIGN, SPEAK = 80, 800, 300, 20            # steps: the tower, the language model, stage 1, stage 2
 
 
 class Blocks(Part):
