@@ -3,8 +3,9 @@
 A tower has learned to name colours and shapes and is frozen, its features are computed once; a small language model reads captions, alone and
 behind a bag of their words, and is frozen. BLIP-2 then runs both stages; the controls are its second stage alone, as long, and as long as
 both together. Each writes captions of new pictures; colour and shape of what is shown count one each when the caption names them. The
-language model without a picture says what the words alone are worth. Sized with another seed: the language model reads until it copies words that stand before a
-caption, without which no stage can tell it anything; and the second stage is short, as longer ones say as much with and without the first.
+language model without a picture says what the words alone are worth. Sized with another seed: the language model reads until it copies words that
+stand before a caption, without which no stage can tell it anything; and the second stage is short, as longer ones say as much with and without the
+first.
 """
 from dataclasses import dataclass
 from typing import Any
