@@ -6,6 +6,9 @@ both together. Each writes captions of new pictures; colour and shape of what is
 language model without a picture says what the words alone are worth. Sized with another seed: the language model reads until it copies words that
 stand before a caption, without which no stage can tell it anything; and the second stage is short, as longer ones say as much with and without the
 first.
+
+As filed, aligning is worth many words to a second stage that is equally short; a second stage as long as both together, a stricter
+control than the paper's, learns at least as much.
 """
 from dataclasses import dataclass
 from typing import Any
