@@ -1,4 +1,5 @@
 """Swin Transformer. Shapes: B batch, H W places of a map, D width, N heads, M side of a window, W windows of a picture."""
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,6 +112,28 @@ class Merge(Part):
         return self.linear(self.norm(x))
 
 
+def ladder(c: Any, block: Callable[[int, int, bool, float], nn.Module]) -> Any:
+    """The stages of a Swin of base, depths, heads, norm and drop_path: between them neighbours are merged, width doubles, and drop path grows from
+    block to block. block: of (width, heads, whether its windows are shifted, drop path)."""
+    stages, total, done = nn.ModuleList(), sum(c.depths), 0
+    for s, (depth, heads) in enumerate(zip(c.depths, c.heads, strict=True)):
+        stage = nn.Module()
+        stage.merge = Merge(Merge.Config(width=c.base * 2 ** (s - 1), norm=c.norm)) if s else nn.Identity()
+        stage.blocks = nn.ModuleList(block(c.base * 2 ** s, heads, bool(i % 2), c.drop_path * (done + i) / max(1, total - 1)) for i in range(depth))
+        stages.append(stage)
+        done += depth
+    return stages
+
+
+def born_small(stages: nn.Module) -> None:
+    """Every linear: truncated normal of deviation 0.02, biases zero (released code)."""
+    for m in stages.modules():
+        if isinstance(m, nn.Linear):
+            nn.init.trunc_normal_(m.weight, std=0.02)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+
+
 class Swin(Tower):
     """Stages of window blocks, each at half the size of the one before; pooled is the mean of the last map after its norm (Liu et al. 2021).
 
@@ -136,23 +159,11 @@ class Swin(Tower):
         if len(c.depths) != len(c.heads):
             raise UserError(f"{len(c.depths)} depths and {len(c.heads)} numbers of heads", "give one of each for every stage")
         self.patch, self.patch_norm = Patches(3, c.base, c.patch), build(c.norm, width=c.base)
-        self.stages: Any = nn.ModuleList()
-        total, done = sum(c.depths), 0
-        for s, (depth, heads) in enumerate(zip(c.depths, c.heads, strict=True)):
-            stage = nn.Module()
-            stage.merge = Merge(Merge.Config(width=c.base * 2 ** (s - 1), norm=c.norm)) if s else nn.Identity()
-            stage.blocks = nn.ModuleList(WindowBlock.Config(
-                width=c.base * 2 ** s, heads=heads, window=c.window, shift=c.window // 2 if i % 2 else 0, norm=c.norm,
-                drop_path=c.drop_path * (done + i) / max(1, total - 1)).build() for i in range(depth))
-            self.stages.append(stage)
-            done += depth
+        self.stages = ladder(c, lambda width, heads, odd, rate: WindowBlock.Config(
+            width=width, heads=heads, window=c.window, shift=c.window // 2 if odd else 0, norm=c.norm, drop_path=rate).build())
         self.norm, self.width, self.embedded, self.prefix = build(c.norm, width=c.width), c.width, c.base, 0
         self.stride = c.patch * 2 ** (len(c.depths) - 1)             # of the last map
-        for m in self.stages.modules():
-            if isinstance(m, nn.Linear):
-                nn.init.trunc_normal_(m.weight, std=0.02)
-                if m.bias is not None:
-                    nn.init.zeros_(m.bias)
+        born_small(self.stages)
 
     def grid_of(self, image: Tensor) -> tuple[int, int]:
         """image [B,3,H,W] -> the grid (h, w) of its patches, those before the first stage."""

@@ -16,7 +16,7 @@ from polysense.nn.mlp import MLP
 from polysense.nn.norm import LayerNorm
 from polysense.nn.patch import Patches
 from polysense.towers.encoded import Encoded, Tower
-from polysense.towers.swin import APART, Fill, Merge
+from polysense.towers.swin import APART, Fill, born_small, ladder
 
 Three = tuple[int, int, int]
 
@@ -137,24 +137,12 @@ class Swin3D(Tower):
                             "give one of each for every stage, and patches as wide as high")
         self.patch, self.patch_norm = nn.Conv3d(3, c.base, c.patch, c.patch), build(c.norm, width=c.base)
         self.still, self.still_norm = Patches(3, c.base, c.patch[1]), build(c.norm, width=c.base)
-        self.stages: Any = nn.ModuleList()
-        total, done = sum(c.depths), 0
         half: Any = tuple(n // 2 for n in c.window)
-        for s, (depth, heads) in enumerate(zip(c.depths, c.heads, strict=True)):
-            stage = nn.Module()
-            stage.merge = Merge(Merge.Config(width=c.base * 2 ** (s - 1), norm=c.norm)) if s else nn.Identity()
-            stage.blocks = nn.ModuleList(CubeBlock.Config(
-                width=c.base * 2 ** s, heads=heads, window=c.window, shift=half if i % 2 else (0, 0, 0), norm=c.norm,
-                drop_path=c.drop_path * (done + i) / max(1, total - 1)).build() for i in range(depth))
-            self.stages.append(stage)
-            done += depth
+        self.stages = ladder(c, lambda width, heads, odd, rate: CubeBlock.Config(
+            width=width, heads=heads, window=c.window, shift=half if odd else (0, 0, 0), norm=c.norm, drop_path=rate).build())
         self.norm, self.width, self.embedded, self.prefix = build(c.norm, width=c.width), c.width, c.base, 0
         self.times, self.stride = c.patch[0], c.patch[1] * 2 ** (len(c.depths) - 1)
-        for m in self.stages.modules():
-            if isinstance(m, nn.Linear):
-                nn.init.trunc_normal_(m.weight, std=0.02)
-                if m.bias is not None:
-                    nn.init.zeros_(m.bias)
+        born_small(self.stages)
         self.inflate()
 
     @torch.no_grad()

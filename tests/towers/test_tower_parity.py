@@ -26,7 +26,7 @@ OPENAI_BODY = [(r"^.*resblocks", "body.blocks"), (r"ln_(\d)", r"norm\1"), (r"att
                (r"c_fc", "up"), (r"c_proj", "down")]
 
 
-def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-4) -> None:
+def assert_close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-4) -> None:
     assert a.shape == b.shape
     assert (a - b).abs().max() <= tolerance * max(1.0, b.abs().max().item()), (a - b).abs().max()
 
@@ -42,12 +42,12 @@ def test_vit_equals_timm_after_each_block():
     theirs = shake(timm.VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4, num_classes=3))
     ours = pour(ViT.Config(image_size=32, patch=8, body=body()).build(), renamed(theirs.state_dict(), TIMM_VIT, 32))
     image = torch.randn(2, 3, 32, 32)
-    close(ours(image).tokens, theirs.forward_features(image))
+    assert_close(ours(image).tokens, theirs.forward_features(image))
     for a, b in zip(ours.features(image), theirs.forward_intermediates(image, norm=False, return_prefix_tokens=True, output_fmt="NLC",
                                                                        intermediates_only=True), strict=True):
-        close(a, torch.cat([b[1], b[0]], 1))
+        assert_close(a, torch.cat([b[1], b[0]], 1))
     logits = F.linear(ours(image).pooled, theirs.head.weight, theirs.head.bias)
-    close(logits, theirs(image))
+    assert_close(logits, theirs(image))
 
 
 @torch.no_grad()
@@ -60,7 +60,7 @@ def test_vit_equals_transformers():
              (r"layernorm_after", "norm2"), (r"^layernorm", "body.norm"), (r"fc1", "up"), (r"fc2", "down")]
     ours = pour(ViT.Config(image_size=32, patch=8, body=body(eps=1e-12)).build(), renamed(theirs.state_dict(), rules))
     image = torch.randn(2, 3, 32, 32)
-    close(ours(image).tokens, theirs(image).last_hidden_state)
+    assert_close(ours(image).tokens, theirs(image).last_hidden_state)
     wide = torch.randn(2, 3, 48, 32)
     assert ours(wide).tokens.shape == theirs(wide, interpolate_pos_encoding=True).last_hidden_state.shape
 
@@ -85,8 +85,8 @@ def assert_resnet(theirs, config: ResNet.Config) -> None:
     image = torch.randn(2, 3, 64, 64)
     maps = theirs.forward_intermediates(image, intermediates_only=True)[-4:]
     for a, b in zip(ours.features(image), maps, strict=True):
-        close(a, b)
-    close(ours(image).pooled, maps[-1].mean((2, 3)))
+        assert_close(a, b)
+    assert_close(ours(image).pooled, maps[-1].mean((2, 3)))
 
 
 @pytest.mark.parametrize("stride_in", ["1x1", "3x3"])
@@ -99,8 +99,8 @@ def test_resnet_stride_places_equal_transformers(stride_in: str):
              (r"^encoder\.stages\.(\d)\.layers", r"stages.\1"), (r"layer\.(\d)\.(conv|norm)", lambda m: f"{m[2]}{int(m[1]) + 1}")]
     ours = pour(ResNet.Config(layers=(2, 2), base=8, block=Bottleneck.Config(stride_in=stride_in)).build(), renamed(theirs.state_dict(), rules))
     image = torch.randn(2, 3, 64, 64)
-    close(ours.features(image)[-1], theirs(image).last_hidden_state)
-    close(ours(image).pooled, theirs(image).pooler_output.flatten(1))
+    assert_close(ours.features(image)[-1], theirs(image).last_hidden_state)
+    assert_close(ours(image).pooled, theirs(image).pooler_output.flatten(1))
 
 
 @torch.no_grad()
@@ -111,7 +111,7 @@ def test_bit_equals_transformers():
     block = PreActivation.Config().but(**{"norm.groups": 8})
     ours = pour(Bit.Config(layers=(2, 2), base=16, block=block).build(), renamed(theirs.state_dict(), rules))
     image = torch.randn(2, 3, 64, 64)
-    close(ours.features(image)[-1], theirs(image).last_hidden_state)
+    assert_close(ours.features(image)[-1], theirs(image).last_hidden_state)
 
 
 @torch.no_grad()
@@ -120,7 +120,8 @@ def test_hybrid_vit_patches_the_map_of_a_convolutional_tower():
     vit = ViT.Config(image_size=64, patch=2, body=body(), stem=stem).build().eval()
     image = torch.randn(2, 3, 64, 64)
     assert vit.position.shape == (1, 1 + 4 * 4, 32) and vit.patch.in_channels == 64 and vit(image).tokens.shape == (2, 17, 32)
-    close(vit.embed(image)[0][:, 1:], F.conv2d(vit.stem.features(image)[-1], vit.patch.weight, vit.patch.bias, 2).flatten(2).mT + vit.position[:, 1:])
+    assert_close(vit.embed(image)[0][:, 1:], F.conv2d(vit.stem.features(image)[-1], vit.patch.weight, vit.patch.bias,
+                 2).flatten(2).mT + vit.position[:, 1:])
 
 
 def clip_reference(vision: dict, act: str = "gelu"):
@@ -139,7 +140,7 @@ def test_clip_vit_and_text_equal_open_clip(act: str):
     vision = ViT.Config(image_size=32, patch=8, body=body(act=act, eps=1e-5), norm_pre=LayerNorm.Config(), patch_bias="")
     ours = pour(vision.build(), renamed({k: v for k, v in state.items() if k.startswith("visual.")}, rules, 32))
     image = torch.randn(2, 3, 32, 32)
-    close(ours(image).pooled @ state["visual.proj"], theirs.encode_image(image))
+    assert_close(ours(image).pooled @ state["visual.proj"], theirs.encode_image(image))
 
     rules = [(r"^positional_embedding", "position"), (r"^token_embedding", "embed"), (r"^ln_final", "body.norm"), *OPENAI_BODY,
              (r"^(text_projection|logit_scale)$", "")]
@@ -147,7 +148,7 @@ def test_clip_vit_and_text_equal_open_clip(act: str):
     ours = pour(text.build(), renamed({k: v for k, v in state.items() if not k.startswith("visual.")}, rules, 32))
     ids = torch.randint(1, 99, (3, 16))
     ids[torch.arange(3), torch.tensor([4, 9, 15])] = 99
-    close(ours(ids).pooled @ state["text_projection"], theirs.encode_text(ids))
+    assert_close(ours(ids).pooled @ state["text_projection"], theirs.encode_text(ids))
 
 
 @torch.no_grad()
@@ -159,7 +160,7 @@ def test_clip_resnet_equals_open_clip():
     ours = pour(ClipResNet.Config(layers=(1, 2, 1, 1), base=8, heads=4, dim=16, image_size=64).build(),
                 renamed({k: v for k, v in theirs.state_dict().items() if k.startswith("visual.")}, rules))
     image = torch.randn(2, 3, 64, 64)
-    close(ours(image).pooled, theirs.encode_image(image))
+    assert_close(ours(image).pooled, theirs.encode_image(image))
 
 
 @torch.no_grad()
@@ -179,9 +180,9 @@ def test_bert_equals_transformers_with_padding_and_segments():
     ids, kind = torch.randint(1, 50, (2, 10)), torch.randint(0, 2, (2, 10))
     ids[1, 6:] = 0
     got, want = ours(ids, kind=kind), theirs(ids, attention_mask=(ids != 0).long(), token_type_ids=kind)
-    close(got.tokens[0], want.last_hidden_state[0])
-    close(got.tokens[1, :6], want.last_hidden_state[1, :6])
-    close(got.pooled, want.pooler_output)
+    assert_close(got.tokens[0], want.last_hidden_state[0])
+    assert_close(got.tokens[1, :6], want.last_hidden_state[1, :6])
+    assert_close(got.pooled, want.pooler_output)
 
 
 def test_published_sizes():
