@@ -2,17 +2,20 @@
 import gc
 import os
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from polysense.base.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 BLOCK = re.compile(r"(?:^|\.)(?:blocks\.\d+|stages\.\d+\.\d+)$")
 KINDS = ("ddp", "fsdp")
@@ -64,7 +67,7 @@ class World:
 
             small = {p for p in call.parameters() if p.ndim == 0}
             self.alone = [p for p in small if p.requires_grad]
-            if not any(isinstance(p, DTensor) for p in call.parameters()):
+            if not any(_is_shard(p) for p in call.parameters()):
                 for name, module in list(call.named_modules()):
                     if BLOCK.search(name):
                         fully_shard(module, ignored_params=small)
@@ -167,24 +170,30 @@ def world(device: str | None = None, kind: str = "ddp") -> Iterator[World]:
             dist.destroy_process_group()
 
 
+def _is_shard(tensor: Any) -> TypeGuard["DTensor"]:
+    """Asked without importing DTensor, which takes a second: where nobody has, there are none."""
+    known = sys.modules.get("torch.distributed.tensor")
+    return known is not None and isinstance(tensor, known.DTensor)
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a sharded tensor; any other tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if _is_shard(tensor) else tensor
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
     """A sharded tensor put together (every rank must call); any other tensor itself."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if _is_shard(tensor) else tensor
 
 
 def total_norm(tensors: list[Tensor]) -> Tensor:
     """Euclidean norm of all tensors together, shards of other ranks included. [] on the device of the first."""
-    sharded = [t.to_local() for t in tensors if isinstance(t, DTensor)]
+    sharded = [t.to_local() for t in tensors if _is_shard(t)]
     square = torch.zeros((), device=tensors[0].device)
     if sharded:
         square = square + torch.stack(torch._foreach_norm(sharded)).square().sum()
         dist.all_reduce(square)
-    if plain := [t for t in tensors if not isinstance(t, DTensor)]:
+    if plain := [t for t in tensors if not _is_shard(t)]:
         square = square + torch.stack([n.float() for n in torch._foreach_norm(plain)]).square().sum()
     return square.sqrt()
 
