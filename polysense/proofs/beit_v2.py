@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from polysense.base.system import Preset, System
-from polysense.data import source
 from polysense.objectives.masked import masked_cosine
 from polysense.pipeline import Pipeline
 from polysense.proofs.arms import read_all
 from polysense.proofs.harness import Outcome
-from polysense.proofs.hidden import PHOTOS, learned, lending, photos, small_clip, smaller
+from polysense.proofs.hidden import learned, lending, photos, small_clip, smaller, unseen_of
 from polysense.systems.generate import vq_vae
 from polysense.systems.selfsup import beit, beit_v2
 from polysense.tasks.knn_probe import votes
@@ -52,7 +51,7 @@ def encoded(subject: Pipeline, image: Tensor) -> Tensor:
     return torch.cat([subject.system.encode_image(x) for x in image.split(250)])  # type: ignore[operator]
 
 
-def run(seed: int) -> Outcome:
+def run(seed: int, part: str = "test") -> Outcome:
     clip = small_clip(seed)
     words, small = tokenizer(clip), vq_vae.small()
     tokens = learned("beit_v2", words, photos(words, COUNT, seed)[0], TOKENS, seed, prepare=lending(words, clip)).subject
@@ -61,8 +60,8 @@ def run(seed: int) -> Outcome:
     named = smaller(beit_v2.tiny()).but(**{"config.target.codec": words.config.codec, "config.aggregate": beit_v2.blocks(64, 2, 1, 1.0),  # type: ignore[attr-defined]
                                            "config.early": 2, "stages.0.optim.lr": LR})
     plain = smaller(beit.tiny()).but(**{"config.encoder.pool": "cls", "stages.0.optim.lr": LR})
-    image, unseen, train = photos(named, COUNT, seed)
-    label, truth = (read_all(named.feed, s)[1] for s in (train, source(PHOTOS, split="test")))
+    image, unseen, train = photos(named, COUNT, seed, part)
+    label, truth = (read_all(named.feed, s)[1] for s in (train, unseen_of(COUNT, seed, part)))
     arms = {"BEiT v2": (named, tokens), "BEiT, codes of pixels": (plain, pixels),
             "without patch aggregation": (named.but(**{"stages.0.weights": (("cls", 0.0),)}), tokens)}
     right, classes, made = {}, len(train.classes), None
@@ -72,7 +71,7 @@ def run(seed: int) -> Outcome:
         right[name] = vote(arm, image, label, unseen, truth, classes)
     assert made is not None
     with torch.inference_mode():
-        theirs, model = photos(words, 1, seed)[1][:400], tokens.system
+        theirs, model = photos(words, COUNT, seed, part)[1][:400], tokens.system
         said = model.restored(model.codec(theirs)[1].vectors)  # type: ignore[operator]
         cosine = 1 - float(masked_cosine(said, model.teacher.whole(theirs)))  # type: ignore[operator, union-attr]
         used = len(model.encode_codes(theirs).unique())  # type: ignore[operator]

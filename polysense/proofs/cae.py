@@ -2,18 +2,17 @@
 
 A VQ-VAE of 64 codes is trained on the photographs at 32 px, then CAE on its codes at 64 px. Noted beside it: the cosine of the features predicted of
 hidden patches with what the encoder says of them and with what it says of another photograph's; the attentive probe, this paper's exam, of CAE as
-it is trained and as it is born. The sizes are the second guess: fewer steps of more pictures at a time had missed the nearest neighbour, on these
-very unseen photographs with another seed.
+it is trained and as it is born. Fewer steps of more pictures at a time had missed the nearest
+neighbour, on these very unseen photographs with another seed; the sizes that are set were chosen on training photographs left out.
 """
 import torch
 from torch import Tensor
 
 from polysense.base.system import System
-from polysense.data import source
 from polysense.data.sources import Subset
 from polysense.proofs.arms import exam
 from polysense.proofs.harness import Outcome
-from polysense.proofs.hidden import PHOTOS, learned, nearest, photos, smaller
+from polysense.proofs.hidden import learned, nearest, photos, smaller, unseen_of
 from polysense.systems.generate import vq_vae
 from polysense.systems.selfsup import cae
 from polysense.tasks.probes import untrained
@@ -37,9 +36,9 @@ def guessed(system: System, image: Tensor, common: int) -> list[float]:
     return (right / all_of).tolist()
 
 
-def run(seed: int) -> Outcome:
+def run(seed: int, part: str = "test") -> Outcome:
     plan = smaller(cae.tiny()).but(**{"config.decoder.body.width": 64, "config.decoder.body.heads": 2, "stages.0.optim.lr": LR})
-    image, unseen, train = photos(plan, COUNT, seed)
+    image, unseen, train = photos(plan, COUNT, seed, part)
     small, _, _ = photos(vq_vae.small(), COUNT, seed)
     codec = learned("vq_vae", vq_vae.small(), small, 300, seed, batch_size=32).subject
     with torch.inference_mode():
@@ -52,7 +51,7 @@ def run(seed: int) -> Outcome:
     torch.manual_seed(seed)
     said, most, near = guessed(made.system, unseen, common)
     own, other = (float(v.mean()) for v in made.system.alignment(unseen[:400]))  # type: ignore[operator]
-    few, test = Subset(train, range(600)), source(PHOTOS, split="test")
+    few, test = Subset(train, range(600)), unseen_of(COUNT, seed, part)
     probes = {f"attentive probe, {name}": exam("attentive_probe", who, test, "accuracy", train=few, decays=(0.1,), steps=120)
               for name, who in (("CAE", made), ("CAE, untrained", untrained(made, seed)))}
     return Outcome(said, {"the commonest code": most, "the nearest visible patch's code": near},

@@ -15,6 +15,7 @@ from polysense.proofs.harness import Outcome
 from polysense.systems.adapt.freeze_tuning import HALF, FreezeTuning, planned
 from polysense.systems.backbone.vit import tower
 
+BEFORE, STEPS, RATE = 800, 400, 2e-3
 METRIC, HIGHER_IS_BETTER = "accuracy on handwritten digits after 1,000 labels, the last two of four blocks trained", True
 DATA = "scenes:digits (pre-training), mnist (100 labels a class; 2,000 of the test split)"
 PLANS = {"head alone": Freeze(train="head.*"), "last 1": Freeze(last=1, train="head.* *.norm.*"), "last 2": Freeze(last=2, train="head.* *.norm.*"),
@@ -30,7 +31,7 @@ def preset(classes: int, steps: int, lr: float) -> Preset:
 
 def run(seed: int, split: str = "test") -> Outcome:
     drawn = source(f"scenes:digits?n=6000&size=32&seed={seed}")
-    before = train_arm("freeze_tuning", preset(len(drawn.classes), 400, 2e-3), drawn, needs=("image", "label"), seed=seed).subject.system
+    before = train_arm("freeze_tuning", preset(len(drawn.classes), BEFORE, 2e-3), drawn, needs=("image", "label"), seed=seed).subject.system
     learn, test = few_of_each(source("mnist"), 100, seed), some_of(source("mnist", split), 2000, 1)
     scores, notes = dict[str, float](), dict[str, Any]()
 
@@ -39,7 +40,7 @@ def run(seed: int, split: str = "test") -> Outcome:
 
     for name, plan in PLANS.items():
         begun = time.perf_counter()
-        made = planned(preset(10, 300, 4e-3), plan)
+        made = planned(preset(10, STEPS, RATE), plan)
         arm = train_arm("freeze_tuning", made, learn, needs=("image", "label"), seed=seed, prepare=carry)
         notes[f"seconds, {name}"] = round(time.perf_counter() - begun, 1)
         scores[name] = accuracy(arm.subject, test)

@@ -11,17 +11,22 @@ from polysense.data import source
 from polysense.data.sources import Source, Subset
 from polysense.nn.masking import Masking, take
 from polysense.pipeline import Pipeline
-from polysense.proofs.arms import Arm, exam, read_all, some_of, train_arm
+from polysense.proofs.arms import Arm, exam, read_all, rest_of, some_of, train_arm
 from polysense.proofs.small import pair, plain_clip
 from polysense.train.starts import carry
 
 PHOTOS = "tiny_imagenet40"
 
 
-def photos(preset: Preset, count: int, seed: int) -> tuple[Tensor, Tensor, Source]:
+def photos(preset: Preset, count: int, seed: int, part: str = "test") -> tuple[Tensor, Tensor, Source]:
     """Random training photographs [n,3,H,W] as the preset reads them, the unseen ones, and the former as a source."""
     train = some_of(source(PHOTOS), count, seed)
-    return read_all(preset.feed, train)[0], read_all(preset.feed, source(PHOTOS, split="test"))[0], train
+    return read_all(preset.feed, train)[0], read_all(preset.feed, unseen_of(count, seed, part))[0], train
+
+
+def unseen_of(count: int, seed: int, part: str = "test") -> Source:
+    """The photographs that nobody trains on; part "dev": 800 training photographs that `photos` leaves out, for choosing sizes."""
+    return Subset(rest_of(source(PHOTOS), count, seed), range(800)) if part == "dev" else source(PHOTOS, split="test")
 
 
 def mirrored(image: Tensor, size: int, seed: int) -> Iterator[Batch]:
