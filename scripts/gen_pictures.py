@@ -39,6 +39,7 @@ class Row(NamedTuple):
     says: str
     pictures: Sequence[Any]
     under: Sequence[str] = ()
+    side: int = SIDE
 
 
 # -- training -----------------------------------------------------------------------------------------------------------------------------
@@ -84,7 +85,109 @@ def again(model: Any, data: str) -> list[Row]:
         torch.manual_seed(0)
         rows.append(Row("what it is shown", covered(model, pictures)))
     torch.manual_seed(0)
-    return [*rows, Row("drawn again", model.reconstruct(pictures))]
+    rows.append(Row("drawn again", model.reconstruct(pictures)))
+    if model.can("encode_codes"):
+        with torch.inference_mode():
+            codes = model.system.encode_codes(model.read_images(pictures))
+        rows.insert(1, Row(f"its codes, a colour each ({codes.shape[1]} by {codes.shape[2]})", [coloured(c) for c in codes]))
+    return rows
+
+
+def coloured(ids: torch.Tensor) -> Picture:
+    """ids [h,w] -> a square with a colour for each id, always the same."""
+    rgb = np.stack([ids.cpu().numpy().astype(np.uint32) * k % 2 ** 16 // 256 for k in (40503, 30011, 52361)], -1).astype(np.uint8)
+    return Image.fromarray(rgb).resize((SIDE, SIDE), Image.Resampling.NEAREST)
+
+
+def edges_named(model: Any, data: str) -> list[Row]:
+    """MaskFeat: which way edges run, in truth and as it says behind the mask."""
+    plan, system = model.preset.feed.image, model.system
+    image, target = model.read_images([s["image"] for s in some(data, 6)]), system.target.c
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        masking = system.masking(image)
+        said, _ = system.pairs(image, masking)
+        whole, grid = system.target.whole(image), system.encoder.grid_of(image)
+        told = whole.masked_scatter(masking.mask[..., None], said.to(whole))
+    hidden = F.interpolate(masking.mask.view(-1, 1, *grid).float(), image.shape[-2:]) > 0
+    cells = target.patch // target.cell
+    size, kinds = tuple(g * cells for g in grid), (target.channels, target.bins)
+    fold = lambda v: F.fold(v.transpose(1, 2), size, cells, stride=cells).unflatten(1, kinds).sum(1)
+    return [Row("unseen picture", to_pictures(image, plan)), Row("what it is shown", to_pictures(image.masked_fill(hidden, 0.0), plan)),
+            Row("its histograms of gradients", [strokes(v) for v in fold(whole)]),
+            Row("the same, named where it sees nothing", [strokes(v) for v in fold(told)])]
+
+
+def strokes(bins: torch.Tensor) -> Picture:
+    """bins [K,h,w] -> a square in which every cell has a stroke along its edges for each direction, the brighter the more of it there is."""
+    k, h, w = bins.shape
+    level, out = bins.clamp(min=0) / bins.amax().clamp(min=1e-6), Image.new("RGB", (SIDE * 2, SIDE * 2))
+    pen, step = ImageDraw.Draw(out), SIDE * 2 / h
+    for b, y, x in sorted(np.ndindex(k, h, w), key=lambda at: float(level[at])):
+        if (bright := int(255 * float(level[b, y, x]))) < 24:
+            continue
+        angle = (b + 0.5) * np.pi / k                    # of the gradient's (x, y) as atan2(gx, gy); the edge runs across it
+        dx, dy = np.cos(angle) * step * 0.45, -np.sin(angle) * step * 0.45
+        cx, cy = (x + 0.5) * step, (y + 0.5) * step
+        pen.line((cx - dx, cy - dy, cx + dx, cy + dy), fill=(bright,) * 3, width=2)
+    return out
+
+
+def principal(features: torch.Tensor, count: int) -> torch.Tensor:
+    """features [n,D] -> their first `count` principal components [n,count]."""
+    x = features.float() - features.float().mean(0)
+    return x @ torch.linalg.svd(x, full_matrices=False)[2][:count].T
+
+
+def patch_colours(model: Any, data: str) -> list[Row]:
+    """Three principal components of patch features as red, green and blue; nothing where no tower tells of places."""
+    tower = next((m for m in model.system.modules() if callable(getattr(m, "dense", None))), None)
+    if tower is None:
+        return []
+    image = model.read_images([s["image"] for s in some(data, 6)])
+    with torch.inference_mode():
+        dense = tower.dense(image)
+    main = principal(dense.flatten(0, 2), 3)
+    low, high = main.quantile(0.02, 0), main.quantile(0.98, 0)
+    rgb = ((main - low) / (high - low)).clamp(0, 1).view(*dense.shape[:3], 3)
+    squares = [Image.fromarray((x * 255).byte().numpy()).resize((SIDE, SIDE), Image.Resampling.NEAREST) for x in rgb]
+    return [Row("unseen picture", to_pictures(image, model.preset.feed.image)),
+            Row("features of its patches: three main components as colours", squares)]
+
+
+def constellation(model: Any, data: str) -> list[Row]:
+    """The first two principal components of features, a colour for each class, of the trained system and as it was born."""
+    from polysense.tasks.probes import untrained
+
+    held = source(data, "test")
+    samples = [held[i] for i in range(min(400, len(held)))]
+    if "label" not in samples[0] or not held.classes:
+        return []
+    kinds = sorted({int(s["label"]) for s in samples})[:8]
+    samples = [s for s in samples if int(s["label"]) in kinds]
+    clouds = [principal(torch.as_tensor(m.encode(images=[s["image"] for s in samples])), 2) for m in (model, untrained(model, 0))]
+    return [Row(f"features of {len(samples)} unseen pictures of {len(kinds)} classes: two main components",
+                [scatter(cloud, [kinds.index(int(s["label"])) for s in samples]) for cloud in clouds], ("trained", "as it was born"), 2 * SIDE)]
+
+
+def scatter(points: torch.Tensor, kinds: Sequence[int], side: int = 4 * SIDE) -> Picture:
+    out = Image.new("RGB", (side, side), "white")
+    pen = ImageDraw.Draw(out)
+    pen.rectangle((0, 0, side - 1, side - 1), outline=PALE, width=2)
+    low, high = points.amin(0), points.amax(0)
+    colours = ("#1b6ca8", "#d1495b", "#2e933c", "#edae49", "#6a4c93", "#00798c", "#8d6a4f", "#444b54")
+    for (x, y), kind in zip(((points - low) / (high - low).clamp(min=1e-9)).tolist(), kinds, strict=True):
+        cx, cy = 12 + x * (side - 24), 12 + y * (side - 24)
+        pen.ellipse((cx - 6, cy - 6, cx + 6, cy + 6), fill=colours[kind])
+    return out
+
+
+def learned_alone(model: Any, data: str) -> list[Row]:
+    """What learned without labels: what it draws or looks at, the colours of its patches, and where its features lie."""
+    own = KINDS.get(model.id) or next((f for k, f in BY_CAPABILITY.items() if model.can(k)), neighbours)
+    rows = own(model, data)
+    places = patch_colours(model, data)
+    return [*rows, *places[rows[0].says == "unseen picture":], *(constellation(model, data) if model.can("encode_image") else [])]
 
 
 def hidden_codes(model: Any, data: str) -> list[Row]:
@@ -273,8 +376,8 @@ def views(model: Any, data: str) -> list[Row]:
 
 
 KINDS: dict[str, Callable[[Any, str], list[Row]]] = {
-    "beit": hidden_codes, "videomae": clip_again, "controlnet": steered, "textual_inversion": new_word, "imagebind": heard,
-    "clip_frame_aggregation": clips_searched}
+    "beit": hidden_codes, "cae": hidden_codes, "maskfeat": edges_named, "videomae": clip_again, "controlnet": steered, "textual_inversion": new_word,
+    "imagebind": heard, "clip_frame_aggregation": clips_searched}
 BY_CAPABILITY: dict[str, Callable[[Any, str], list[Row]]] = {
     "render_view": views, "detect": boxed, "segment": outlined, "attend": looks, "generate_image": drawn, "reconstruct": again,
     "sample_image": drawn, "generate_text": told, "encode_text": searched, "classify": classified, "encode_image": neighbours}
@@ -282,6 +385,7 @@ BY_CAPABILITY: dict[str, Callable[[Any, str], list[Row]]] = {
 
 def rows_of(model: Any, data: str) -> list[Row]:
     kind = KINDS.get(model.id) or next((f for k, f in BY_CAPABILITY.items() if model.can(k)), None)
+    kind = learned_alone if card_of(model.id).family == "selfsup" else kind
     if kind is None:
         raise SystemExit(f"{model.id}: no kind of picture fits what it can do")
     return kind(model, data)
@@ -297,17 +401,17 @@ def sheet(rows: Sequence[Row], foot: str) -> Picture:
     """Rows of pictures with their words, and a line below."""
     font, small = ImageFont.load_default(14), ImageFont.load_default(11)
     wrap = lambda text, width: textwrap.wrap(text, width)
-    heights = [SIDE + GAP + max([13 * len(wrap(u, 19)) for u in row.under], default=0) for row in rows]
+    heights = [row.side + GAP + max([13 * len(wrap(u, 19)) for u in row.under], default=0) for row in rows]
     out = Image.new("RGB", (WIDE, sum(heights) + 2 * GAP + 18 * len(wrap(foot, 140))), "white")
     pen, y = ImageDraw.Draw(out), GAP
     for row, height in zip(rows, heights, strict=True):
         for i, line in enumerate(wrap(row.says, 19)):
             pen.text((GAP, y + 30 + 17 * i), line, INK, font)
         for i, picture in enumerate(row.pictures):
-            x = LEFT + i * (SIDE + GAP)
-            out.paste(decode(picture).resize((SIDE, SIDE), Image.Resampling.BICUBIC), (x, y))
+            x = LEFT + i * (row.side + GAP)
+            out.paste(decode(picture).resize((row.side, row.side), Image.Resampling.BICUBIC), (x, y))
             for k, line in enumerate(wrap(row.under[i], 19) if i < len(row.under) else ()):
-                pen.text((x, y + SIDE + 1 + 13 * k), line, PALE, small)
+                pen.text((x, y + row.side + 1 + 13 * k), line, PALE, small)
         y += height
     for i, line in enumerate(wrap(foot, 140)):
         pen.text((GAP, y + 4 + 16 * i), line, PALE, small)
