@@ -3,7 +3,7 @@ from typing import Any
 
 from polysense.base.errors import UserError
 from polysense.base.spec import from_dict
-from polysense.weights import clip_hf, clip_openai, kl_vae, unet_compvis, unet_diffusers
+from polysense.weights import clip_hf, clip_openai, kl_vae, open_text, unet_compvis, unet_diffusers
 from polysense.weights.keymap import KeyMap, State, rename
 from polysense.weights.layout import Layout
 from polysense.weights.sizes import Dict, act_name, body_of, count, image_feed, size, within
@@ -33,7 +33,9 @@ def open_clip_map(depth: int) -> KeyMap:
 
 
 def original_map(config: Any) -> KeyMap:
-    words = text_map("cond_stage_model.transformer") if config.pad is None else open_clip_map(config.text.body.depth)
+    depth = config.text.body.depth
+    words = (open_text.original(depth).at("cond_stage_model.transformer", "text") if hasattr(config.text, "pad") else
+             text_map("cond_stage_model.transformer") if config.pad is None else open_clip_map(depth))
     return (unet_compvis.keymap(config.unet).at("model.diffusion_model", "unet") + kl_vae.original(config.vae).at("first_stage_model", "vae")
             + words
             + KeyMap((), drop=(*SCHEDULE, r"first_stage_model\.loss\..*", r"cond_stage_model\.transformer\.(text_model\.)?embeddings\.position_ids"),
@@ -95,8 +97,8 @@ def write_diffusers(config: Any) -> Dict:
                              "bos_token_id": 0, "pad_token_id": 1, "dtype": "float32"}}
 
 
-def levels(state: State, heads: int) -> list[Dict]:
-    """The levels of an original U-Net, read off its shapes; the number of heads, which no shape shows, is Stable Diffusion's."""
+def levels(state: State, heads: int | None) -> list[Dict]:
+    """The levels of an original U-Net, read off its shapes, which do not show the number of heads; None: as many as make them 64 wide."""
     out: list[Dict] = [{"is": "polysense.nn.unet:Level", "width": 0, "depth": 0, "attn": None}]
     for n in range(1, count(state, "input_blocks")):
         if f"input_blocks.{n}.0.op.weight" in state:
@@ -109,41 +111,48 @@ def levels(state: State, heads: int) -> list[Dict]:
     return out
 
 
-def transformer(state: State, at: str, width: int, heads: int) -> Dict:
+def transformer(state: State, at: str, width: int, heads: int | None) -> Dict:
     source = size(state, f"{at}.transformer_blocks.0.attn2.to_k.weight", 1)
-    return {"is": "polysense.nn.spatial:SpatialTransformer.Config", "heads": heads if source < 1024 else width // 64, "source": source,
+    return {"is": "polysense.nn.spatial:SpatialTransformer.Config", "heads": heads or width // 64, "source": source,
             "depth": count(state, f"{at}.transformer_blocks"), "norm": norm(32, 1e-6),
             "join": "conv" if state[f"{at}.proj_in.weight"].ndim == 4 else "linear"}
 
 
+def clip_words(embed: Any, position: Any, depth: int, hidden: int, act: str) -> Any:
+    vocab, width = embed.shape
+    return text_spec(vocab, len(position), width, depth, max(1, width // 64), hidden, act, 1e-5, None)
+
+
 def read_original(config: Dict, state: State) -> tuple[str, Dict]:
-    """(preset, overrides) of a Stable Diffusion `.ckpt`: sizes from the shapes, the rest is that of the preset `paper` (1) or `version2`."""
+    """(preset, overrides) of an original `.ckpt`: sizes from the shapes, the rest is that of the preset `text2im` (the first text-to-image model,
+    of 1.45 billion weights), `paper` (Stable Diffusion 1) or `version2`."""
     def below(prefix: str) -> State:
         return {k.removeprefix(f"{prefix}."): v for k, v in state.items() if k.startswith(f"{prefix}.")}
 
     unet, vae = below("model.diffusion_model"), below("first_stage_model")
     said, second = below("cond_stage_model.transformer"), below("cond_stage_model.model")
     if not said and not second:
-        raise UserError("the text encoder of this file is neither CLIP's as transformers names it nor OpenCLIP's",
-                        "Stable Diffusion 1 and 2 are read")
+        raise UserError("the text encoder of this file is neither the first model's, nor CLIP's as transformers names it, nor OpenCLIP's",
+                        "the first text-to-image model and Stable Diffusion 1 and 2 are read")
+    first = "token_emb.weight" in said
     for part in TEXT_PARTS:
         said = {rename(k, f"text_model.{part}.{{rest}}", f"{part}.{{rest}}"): v for k, v in said.items()}
     middle, out = "middle_block.1", size(unet, "out.2.weight")
-    if second:
-        vocab, width = size(second, "token_embedding.weight"), size(second, "token_embedding.weight", 1)
-        length, depth = size(second, "positional_embedding"), count(second, "transformer.resblocks") - 1
-        hidden, act = size(second, "transformer.resblocks.0.mlp.c_fc.weight"), "gelu"
+    if first:
+        text = open_text.from_original(said)
+    elif second:
+        depth, hidden = count(second, "transformer.resblocks") - 1, size(second, "transformer.resblocks.0.mlp.c_fc.weight")
+        text = clip_words(second["token_embedding.weight"], second["positional_embedding"], depth, hidden, "gelu")
     else:
-        vocab, width = size(said, "embeddings.token_embedding.weight"), size(said, "embeddings.token_embedding.weight", 1)
-        length, depth = size(said, "embeddings.position_embedding.weight"), count(said, "encoder.layers")
-        hidden, act = size(said, "encoder.layers.0.mlp.fc1.weight"), "quick_gelu"
-    text = text_spec(vocab, length, width, depth, max(1, width // 64), hidden, act, 1e-5, None)
-    found, channels = levels(unet, 8), size(unet, "input_blocks.0.0.weight", 1)
+        depth, hidden = count(said, "encoder.layers"), size(said, "encoder.layers.0.mlp.fc1.weight")
+        text = clip_words(said["embeddings.token_embedding.weight"], said["embeddings.position_embedding.weight"], depth, hidden, "quick_gelu")
+    heads = None if second else 8
+    found, channels = levels(unet, heads), size(unet, "input_blocks.0.0.weight", 1)
     net = from_dict({"is": "polysense.nn.unet:UNet.Config", "levels": found, "channels": channels, "out": 0 if out == channels else out,
-                     "mid": transformer(unet, middle, found[-1]["width"], 8), "block": {"is": "polysense.nn.spatial:ResBlock.Config",
+                     "mid": transformer(unet, middle, found[-1]["width"], heads), "block": {"is": "polysense.nn.spatial:ResBlock.Config",
                                                                                         "norm": norm(32, 1e-5)}})
     scale: Dict = {"config.scale": float(state["scale_factor"])} if "scale_factor" in state else {}
-    return "version2" if second else "paper", {
+    return "text2im" if first else "version2" if second else "paper", {
         "config.unet": net, "config.vae": kl_vae.from_original(vae), "config.text": text, "feed.text.vocab": text.vocab,
         "feed.text.length": text.length, **scale}
 

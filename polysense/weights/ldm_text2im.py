@@ -2,27 +2,20 @@
 from typing import Any
 
 from polysense.base.errors import UserError
-from polysense.base.spec import from_dict
-from polysense.weights import kl_vae, unet_diffusers
-from polysense.weights.keymap import KeyMap, State, both, lead1, rule
+from polysense.weights import kl_vae, open_text, unet_diffusers
+from polysense.weights.keymap import KeyMap, State
 from polysense.weights.latent_diffusion import OWN
 from polysense.weights.layout import Layout
 from polysense.weights.sizes import Dict, act_name, body_of, image_feed, within
 from polysense.weights.unet_sizes import LATENT, read_schedule, read_unet, square, write_schedule, write_unet
 
-LAYER, OURS = "layers.{i}", "body.blocks.{i}"
-TEXT = KeyMap((
-    rule("embed_tokens.weight", "embed.weight"), rule("embed_positions.weight", "position", lead1), *both("layer_norm", "body.norm"),
-    *(rule(f"{LAYER}.self_attn.{x}_proj.weight", f"{OURS}.attn.{x}.weight") for x in "qkv"), *both(f"{LAYER}.self_attn.out_proj", f"{OURS}.attn.out"),
-    *both(f"{LAYER}.self_attn_layer_norm", f"{OURS}.norm1"), *both(f"{LAYER}.final_layer_norm", f"{OURS}.norm2"),
-    *both(f"{LAYER}.fc1", f"{OURS}.mlp.up"), *both(f"{LAYER}.fc2", f"{OURS}.mlp.down"),
-))
 DEFAULTS: Dict = {"vocab_size": 30522, "max_position_embeddings": 77, "encoder_layers": 32, "encoder_ffn_dim": 5120, "encoder_attention_heads": 8,
                   "head_dim": 64, "activation_function": "gelu", "d_model": 1280, "pad_token_id": 0, "scale_embedding": False}
 
 
 def keymap(config: Any) -> KeyMap:
-    return (unet_diffusers.keymap(config.unet).at("unet", "unet") + kl_vae.diffusers().at("vqvae", "vae") + TEXT.at("bert.model", "text")
+    return (unet_diffusers.keymap(config.unet).at("unet", "unet") + kl_vae.diffusers().at("vqvae", "vae")
+            + open_text.DIFFUSERS.at("bert.model", "text")
             + KeyMap((), drop=(r"bert\.to_logits\..*",), own=OWN))          # its first training's head, which nobody reads
 
 
@@ -32,15 +25,10 @@ def read(config: Dict, state: State) -> tuple[str, Dict]:
     if bert.get("model_type", "ldmbert") != "ldmbert" or bert["scale_embedding"]:
         raise UserError(f"the folder bert holds a {bert.get('model_type', 'ldmbert')!r}, scale_embedding={bert['scale_embedding']}",
                         "an LDMBertModel without scaled embeddings is read")
-    unet, vae, ln = read_unet(within(config, "unet"), LATENT), kl_vae.read(within(config, "vqvae")), "polysense.nn.norm:LayerNorm.Config"
-    text = from_dict({
-        "is": "polysense.towers.open_text:OpenText.Config", "vocab": bert["vocab_size"], "length": bert["max_position_embeddings"],
-        "pad": bert["pad_token_id"], "body": {
-            "is": "polysense.nn.transformer:Transformer.Config", "width": bert["d_model"], "depth": bert["encoder_layers"],
-            "heads": bert["encoder_attention_heads"], "norm": {"is": ln, "eps": 1e-5}, "block": {
-                "is": "polysense.nn.block:PreNorm.Config", "norm": {"is": ln, "eps": 1e-5},
-                "attn": {"is": "polysense.nn.attention:Attention.Config", "bias": "out", "head_width": bert["head_dim"]},
-                "mlp": {"is": "polysense.nn.mlp:MLP.Config", "hidden": bert["encoder_ffn_dim"], "act": bert["activation_function"]}}}})
+    unet, vae = read_unet(within(config, "unet"), LATENT), kl_vae.read(within(config, "vqvae"))
+    text = open_text.spec(bert["vocab_size"], bert["max_position_embeddings"], bert["d_model"], bert["encoder_layers"],
+                          bert["encoder_attention_heads"], bert["head_dim"], bert["encoder_ffn_dim"], bert["activation_function"],
+                          bert["pad_token_id"])
     pixels = square(within(config, "unet")) * vae.stride
     return "text2im", {"config.unet": unet, "config.vae": vae, "config.text": text, "config.size": pixels, "config.pad": bert["pad_token_id"],
                        "config.scale": float(within(config, "vqvae").get("scaling_factor", 0.18215)), "feed.text.vocab": bert["vocab_size"],

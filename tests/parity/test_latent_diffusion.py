@@ -227,6 +227,19 @@ def test_the_first_text_to_image_model_in_three_steps_and_out(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), unet.state_dict().values(), strict=True))
     assert import_(tmp_path / "back", recipe.weights["text2im"], presets)[1].config == preset.config
 
+    # the authors' one file, its words named as in their x-transformer: attention and MLP alternate in one list, each behind its norm
+    old = layouts.original_map(preset.config).save(ours.state_dict())
+    theirs, words = bert.model, "cond_stage_model.transformer"
+    assert torch.equal(old[f"{words}.attn_layers.layers.2.1.to_k.weight"], theirs.layers[1].self_attn.k_proj.weight)
+    assert torch.equal(old[f"{words}.attn_layers.layers.3.1.net.2.bias"], theirs.layers[1].fc2.bias)
+    assert torch.equal(old[f"{words}.attn_layers.layers.1.0.weight"], theirs.layers[0].final_layer_norm.weight)
+    torch.save({"state_dict": old | {f"{words}.to_logits.weight": torch.zeros(10, 24), "scale_factor": torch.tensor(0.5)}}, tmp_path / "ldm.ckpt")
+    read, said = import_(tmp_path / "ldm.ckpt", recipe.weights["original"], presets)
+    assert said.config.unet.levels[0].attn.heads == 8 and said.config.pad == 0 and float(read.scale) == 0.5
+    assert said.config.but(**{"text.body.heads": 2, "text.body.block.attn.head_width": 8}).text == preset.config.text      # no shape shows them
+    assert all(torch.equal(a, b) for a, b in zip(read.text.state_dict().values(), ours.text.state_dict().values(), strict=True))
+    assert read.unet.state_dict().keys() == ours.unet.state_dict().keys()
+
 
 def test_the_first_text_to_image_model_has_the_published_size():
     """1.45 billion with the head of words that its text tower was defined with and never uses."""
