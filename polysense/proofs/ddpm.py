@@ -19,7 +19,7 @@ from polysense.tasks.generation import fid, seen_by, teach
 
 METRIC, HIGHER_IS_BETTER = "FID of 300 digits drawn in 40 steps (features of a small classifier of real ones)", False
 DATA = "mnist at 16 px (30,000 train, 4,000 test)"
-STEPS, BATCH, COUNT = 400, 32, 300
+STEPS, BATCH, COUNT = 1500, 32, 300
 
 
 def plan(steps: int) -> Preset:

@@ -13,16 +13,16 @@ from polysense.data.sources import Source, Subset
 from polysense.proofs.arms import Arm, accuracy, some_of, train_arm
 from polysense.proofs.harness import Outcome
 from polysense.proofs.mae import digit, errors
-from polysense.proofs.pool import kept
-from polysense.systems.selfsup import probes, simclr
+from polysense.proofs.pool import kept, large
+from polysense.proofs.simclr import BATCH, SCENES, small
+from polysense.systems.selfsup import probes
 from polysense.tasks import take
 from polysense.train.starts import carry
 
-STEPS, LABELS = 250, 200
-METRIC = f"accuracy of the linear probe on SimCLR's features, drawn shapes of 32 px, {STEPS} steps of 64, 500 labels"
+STEPS, LABELS = 300, 200
+METRIC = f"accuracy of the linear probe on SimCLR's features, eight drawn shapes of 32 px, {STEPS} steps of {BATCH}, 500 labels"
 HIGHER_IS_BETTER = True
-DATA = "scenes:single (1,500 scenes without labels, labels of 500 of them; 500 unseen)"
-SCENES = "scenes:single?size=32&style=plain"
+DATA = "scenes:single, the large things of 4,000 scenes without labels (labels of 500) and of 1,500 unseen"
 
 
 def tuning(mae: Preset, classes: int) -> Preset:
@@ -39,10 +39,9 @@ def tuned(plan: Preset, mae: Arm | None, few: Source, test: Source, seed: int) -
     return accuracy(train_arm("probes", plan, few, needs=("image", "label"), seed=seed, prepare=stand).subject, test)
 
 
-def run(seed: int) -> Outcome:
-    train, test = kept(source(f"{SCENES}&n=1500&seed={seed}")), kept(source(f"{SCENES}&n=500", split="test"))
-    plan = simclr.tiny().but(**{"stages.0.steps": STEPS, "stages.0.batch_size": 64, "stages.0.optim.lr": 2e-3})
-    contrast = train_arm("simclr", plan, train, needs=("views",), seed=seed)
+def run(seed: int, split: str = "test") -> Outcome:
+    train, test = kept(large(source(f"{SCENES}&n=4000&seed={seed}"))), kept(large(source(f"{SCENES}&n=1500", split=split)))
+    contrast = train_arm("simclr", small().but(**{"stages.0.steps": STEPS}), train, needs=("views",), seed=seed)
     exam = take("probes", contrast.subject, test, Subset(train, range(500)), shots=(1,), steps=60, seed=seed)
     found = {name: m.value for name, m in exam.metrics.items()}
     masked = train_arm("mae", digit(STEPS), train, needs=("image",), seed=seed)
