@@ -94,6 +94,9 @@ def test_removing_the_projector_does_not_change_zero_shot_output(slip, batch):
 
 def test_views_are_as_the_paper_says():
     feed = preset_of("slip", "paper").feed
+    assert (feed.image.mean, feed.image.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), "scaled as ImageNet's, as the released weights are"
+    assert preset_of("laclip", "paper").feed.image == feed.image == preset_of("declip", "paper").feed.image
+    assert preset_of("laclip", "laion").feed.image == preset_of("clip", "paper").feed.image, "those of LAION as CLIP's"
     assert feed.train_image.scale == (0.5, 1.0) and feed.train_image.jitter == 0, "CLIP's view is lightly cropped, its colours are true"
     assert len(feed.views) == 2 and all(v.scale[0] == 0.08 and v.jitter == 0.8 and v.grey == 0.2 and v.blur == 0.5 for v in feed.views)
 

@@ -112,14 +112,18 @@ def tiny() -> Preset:
                       optim=Optim(lr=1e-3, weight_decay=0.1, betas=(0.9, 0.98), warmup=30, clip=1.0)),))
 
 
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
 def paper() -> Preset:
-    """ViT-B/32 as released for YFCC15M: batch 4096, 128,000 iterations, log scale kept between 3 and 6."""
+    """ViT-B/32 as released for YFCC15M: batch 4096, 128,000 iterations, log scale kept between 3 and 6, pictures scaled as ImageNet's."""
     towers = vit_pair(224, 32, body(768, 12, 12), body(512, 12, 8), 512, vocab=49_409, end=49_407)
     towers["text_head"] = LinearBias.Config(into=512, out=512, std=512 ** -0.5)
     config = DeCLIP.Config(**towers, **heads(512, 1024, 512, 512, 49_409), queue=Queue.Config(size=65_536, width=512), min_scale=20.0855,
                            max_scale=403.43, hide=WordMask.Config(vocab=49_409, mask=49_408, special=(0, 49_406, 49_407)))
     return Preset(
-        data="yfcc15m", config=config, feed=Feed(image=ImagePlan(size=224), text=TextPlan(vocab=49_408, length=77, pad="zero"),
-                                                 views=(strong(224), strong(224))),
+        data="yfcc15m", config=config, feed=Feed(
+            image=ImagePlan(size=224, resample="bilinear", mean=MEAN, std=STD), text=TextPlan(vocab=49_408, length=77, pad="zero"),
+            views=(strong(224), strong(224))),
         stages=(Stage(objective=DeCLIP.compare_all, embed=DeCLIP.embed_all, steps=128_000, batch_size=4096, weights=weights_of(),
                       optim=Optim(lr=1e-3, weight_decay=0.1, betas=(0.9, 0.98), warmup=2500)),))

@@ -48,18 +48,23 @@ def tiny() -> Preset:
                       optim=Optim(lr=1.5e-3, weight_decay=0.5, betas=(0.9, 0.98), warmup=40, clip=1.0)),))
 
 
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
 def paper() -> Preset:
-    """ViT-B/16 on CC12M, 35 epochs of batch 8192, one of them warm-up: timm's ViT beside CLIP's text tower, as SLIP. The data bring the rewrites."""
+    """ViT-B/16 on CC12M, 35 epochs of batch 8192, one of them warm-up: timm's ViT beside CLIP's text tower, pictures scaled as ImageNet's,
+    as SLIP. The data bring the rewrites."""
     epoch = 12_000_000 // 8192
     return Preset(
         data="cc12m", config=LaCLIP.Config(vision=plain_vit(224, 16, 768, 12, 12), **heads(768, 512, 512),
                                            text=ClipText.Config(vocab=49_408, length=77, body=body(512, 12, 8))),
-        feed=ToldFeed(image=ImagePlan(size=224), text=TextPlan(vocab=49_408, length=77, pad="zero"), train_image=ViewPlan(size=224, scale=(0.5, 1.0)),
-                      told=(Rewrites(),)),
+        feed=ToldFeed(image=ImagePlan(size=224, resample="bilinear", mean=MEAN, std=STD), text=TextPlan(vocab=49_408, length=77, pad="zero"),
+                      train_image=ViewPlan(size=224, scale=(0.5, 1.0)), told=(Rewrites(),)),
         stages=(Stage(objective=LaCLIP.compare, embed=LaCLIP.embed, steps=35 * epoch, batch_size=8192, checkpoint_activations=True,
                       optim=Optim(lr=1e-3, weight_decay=0.5, betas=(0.9, 0.98), warmup=epoch)),))
 
 
 def laion() -> Preset:
     """ViT-B/32 on LAION-400M, in CLIP's own form."""
-    return paper().but(data="laion400m", config=LaCLIP.Config(**vit_pair(224, 32, body(768, 12, 12), body(512, 12, 8), 512)))
+    return paper().but(data="laion400m", config=LaCLIP.Config(**vit_pair(224, 32, body(768, 12, 12), body(512, 12, 8), 512)),
+                       **{"feed.image": ImagePlan(size=224)})

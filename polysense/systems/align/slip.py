@@ -71,6 +71,9 @@ def words(width: int, depth: int, heads: int) -> Transformer.Config:
                               block=PreNorm.Config(attn=Attention.Config(), mlp=MLP.Config(act="quick_gelu")))
 
 
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
 def tiny() -> Preset:
     text = ClipText.Config(vocab=4096, length=48, end=2, body=words(128, 3, 2))
     return preset(64, 16, vit_body(128, 4, 2), text, 128, (128, 512, 512, 64), "scenes", words=TextPlan(vocab=4096, length=48), stage=Stage(
@@ -79,8 +82,10 @@ def tiny() -> Preset:
 
 
 def paper() -> Preset:
-    """ViT-B/16 on YFCC15M, 25 epochs of batch 4096 (section 4; 50 and 100 epochs are the longer runs of table 5)."""
+    """ViT-B/16 on YFCC15M, 25 epochs of batch 4096 (section 4; 50 and 100 epochs are the longer runs of table 5). Pictures are scaled as ImageNet's:
+    so were those that the released weights saw."""
     text, epoch = ClipText.Config(vocab=49408, length=77, body=words(512, 12, 8)), 15_000_000 // 4096
-    return preset(224, 16, vit_body(768, 12, 12), text, 512, (768, 4096, 4096, 256), "yfcc15m", words=TextPlan(vocab=49408, length=77), stage=Stage(
+    made = preset(224, 16, vit_body(768, 12, 12), text, 512, (768, 4096, 4096, 256), "yfcc15m", words=TextPlan(vocab=49408, length=77), stage=Stage(
         objective=SLIP.compare_views, embed=SLIP.embed_views, steps=25 * epoch, batch_size=4096,
         optim=Optim(lr=3e-3, weight_decay=0.1, betas=(0.9, 0.98), warmup=epoch, final=1e-5 / 3e-3)))
+    return made.but(**{"feed.image.mean": MEAN, "feed.image.std": STD, "feed.image.resample": "bilinear"})
