@@ -180,8 +180,9 @@ def test_the_state_behind_the_text_fuses_picture_and_words(system, batch):
 def test_labels_are_texts_like_others_half_of_every_batch():
     from polysense.base.telling import Mixed, Triplets
 
-    told = preset_of("coca").feed.told
-    assert [type(t) for t in told] == [Triplets, Mixed] and told[1].shares == (0.5, 0.5), "carried out: tests/data/test_weblike"
+    for name in ("tiny", "paper", "paper_base"):
+        told = preset_of("coca", name).feed.told
+        assert [type(t) for t in told] == [Triplets, Mixed] and told[1].shares == (0.5, 0.5), "carried out: tests/data/test_weblike"
     assert set(polysense.catalogue()["coca"].needs) == {"image", "text"}, "there is no head for labels"
 
 

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from polysense.archetypes.dual_encoder import DualEncoder
 from polysense.base.card import Card
 from polysense.base.errors import UserError
-from polysense.base.system import Batch, Feed, ImagePlan, Losses, Optim, Preset, PromptPlan, Spec, Stage, ViewPlan, final
+from polysense.base.system import Batch, ImagePlan, Losses, Optim, Preset, PromptPlan, Spec, Stage, ViewPlan, final
 from polysense.base.telling import Mixed, ToldFeed, Triplets
+from polysense.base.telling import Telling as Told
 from polysense.connectors.attentional_pool import AttentionalPooler, PooledViT
 from polysense.decoders.split import ClosedText, Telling, alternating
 from polysense.nn.attention import Attention
@@ -136,6 +137,7 @@ def released(size: int, patch: int, image: Size, text: Size, length: int = 76, v
 
 
 WEIGHTS = (("contrast", 1.0), ("caption", 2.0))
+LABELS_TOO = (Triplets(), Mixed(shares=(0.5, 0.5)))     # labels as prompts, half of every batch
 
 
 def tiny() -> Preset:
@@ -143,7 +145,7 @@ def tiny() -> Preset:
     return Preset(
         data="natural_captions+tiny_imagenet40", config=config(plain_vit(64, 8, 128, 4, 2), (128, 2, 2), 16, 4096, 48),
         feed=ToldFeed(image=ImagePlan(size=64), text=PromptPlan(vocab=4096, length=48), train_image=ViewPlan(size=64, scale=(0.6, 1.0)),
-                      told=(Triplets(), Mixed(shares=(0.5, 0.5)))),
+                      told=LABELS_TOO),
         stages=(Stage(objective=CoCa.both, embed=CoCa.read, weights=WEIGHTS, steps=400, batch_size=64,
                       optim=Optim(lr=1e-3, weight_decay=0.01, warmup=40, clip=1.0)),))
 
@@ -153,9 +155,10 @@ def tiny_parallel() -> Preset:
     return tiny().but(**{"config.vision.order": "parallel"})
 
 
-def _paper(of: CoCa.Config, size: int, data: str, vocab: int, length: int, lr: float = 8e-4) -> Preset:
+def _paper(of: CoCa.Config, size: int, data: str, vocab: int, length: int, lr: float = 8e-4, told: tuple[Told, ...] = ()) -> Preset:
     return Preset(
-        data=data, config=of, feed=Feed(image=ImagePlan(size=size), text=PromptPlan(vocab=vocab, length=length), train_image=ViewPlan(size=size)),
+        data=data, config=of, feed=ToldFeed(image=ImagePlan(size=size), text=PromptPlan(vocab=vocab, length=length), train_image=ViewPlan(size=size),
+                                            told=told),
         stages=(Stage(objective=CoCa.both, embed=CoCa.read, weights=WEIGHTS, steps=500_000, batch_size=65_536, checkpoint_activations=True,
                       optim=Optim(lr=lr, weight_decay=0.01, betas=(0.9, 0.999), schedule="linear", warmup=10_000, clip=1.0)),))
 
@@ -164,12 +167,12 @@ def paper() -> Preset:
     """2.1B at 288 px (table 1 and section 4.1): ViT 40x1408, 18 and 18 layers; AdamW where the authors have Adafactor."""
     tower = plain_vit(288, 18, 1408, 40, 16)
     tower = tower.but(**{"body.block.mlp.hidden": 6144})
-    return _paper(config(tower, (1408, 18, 16), 256, 64_000, 64), 288, "jft3b+align", 64_000, 64)
+    return _paper(config(tower, (1408, 18, 16), 256, 64_000, 64), 288, "jft3b+align", 64_000, 64, told=LABELS_TOO)
 
 
 def paper_base() -> Preset:
     """CoCa-Base, published as 383M without the poolers."""
-    return _paper(config(plain_vit(288, 18, 768, 12, 12), (768, 12, 12), 256, 64_000, 64), 288, "jft3b+align", 64_000, 64)
+    return _paper(config(plain_vit(288, 18, 768, 12, 12), (768, 12, 12), 256, 64_000, 64), 288, "jft3b+align", 64_000, 64, told=LABELS_TOO)
 
 
 def vit_b_32() -> Preset:
