@@ -118,10 +118,18 @@ def test_resnet_tower_projects_by_attention_pooling_of_the_mean_token():
     assert all(block.norm3.weight.abs().sum() == 0 for stage in clip.vision.stages for block in stage), "the last gamma of a block starts at zero"
 
 
-@pytest.mark.parametrize("name, count", [("paper", 427_616_513), ("vit_b_32", 151_277_313), ("vit_b_16", 149_620_737), ("rn50", 102_007_137)])
+@pytest.mark.parametrize("name, count", [("paper", 427_616_513), ("vit_b_32", 151_277_313), ("vit_b_16", 149_620_737), ("rn50", 102_007_137),
+                                         ("rn50x64", 623_258_305)])
 def test_presets_have_the_published_number_of_parameters(name, count):
     with torch.device("meta"):
         assert sum(p.numel() for p in getattr(recipe, name)().config.build().parameters()) == count
+
+
+def test_rates_are_those_of_the_papers_tables():
+    rates = {"vit_b_32": 5e-4, "vit_b_16": 5e-4, "paper": 4e-4, "paper_336": 2e-5, "rn50": 5e-4, "rn50x64": 3.6e-4}
+    for name, lr in rates.items():
+        optim = preset_of("clip", name).stages[0].optim
+        assert (optim.lr, optim.betas[1], optim.eps) == (lr, *((0.999, 1e-8) if name.startswith("rn") else (0.98, 1e-6))), name
 
 
 def test_gradient_caching_changes_nothing(batch):

@@ -79,7 +79,7 @@ def paper() -> Preset:
 
 def paper_336() -> Preset:
     """ViT-L/14@336px: one more epoch at the higher resolution, on interpolated positions."""
-    base = _paper(config(336, 14, body(1024, 24, 16), body(768, 12, 12), dim=768), 336, 4e-5)
+    base = _paper(config(336, 14, body(1024, 24, 16), body(768, 12, 12), dim=768), 336, 2e-5)
     return base.but(starts=(Start(into="", from_="clip", preset="paper"),)).but(**{"stages.0.steps": 400_000_000 // 32_768})
 
 
@@ -94,3 +94,8 @@ def vit_b_16() -> Preset:
 def rn50() -> Preset:
     """The ResNet tower: its attention pool is the head."""
     return _paper(CLIP.Config(**resnet_pair(224, (3, 4, 6, 3), 64, 32, 1024, body(512, 12, 8))), 224, 5e-4, (0.9, 0.999), 1e-8)
+
+
+def rn50x64() -> Preset:
+    """The largest ResNet tower, 448 px (tables 19 and 20)."""
+    return _paper(CLIP.Config(**resnet_pair(448, (3, 15, 36, 10), 128, 64, 1024, body(1024, 12, 16))), 448, 3.6e-4, (0.9, 0.999), 1e-8)
