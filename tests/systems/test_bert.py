@@ -13,6 +13,7 @@ from polysense.data.tokenizer import make_tokenizer
 from polysense.mechanisms.word_mask import StaticWordMask, WordMask
 from polysense.nn.attention import Attention
 from polysense.towers.roberta import counted
+from polysense.train.schedule import factor
 
 recipe = polysense.load("bert")
 PAD, CLS, SEP, MASK = 0, 1, 2, 4
@@ -250,6 +251,8 @@ def test_published_sizes():
     first, last = preset_of("bert", "paper_128"), preset_of("bert", "paper")
     assert (first.feed.text.length, last.feed.text.length) == (128, 512) and last.starts[0].preset == "paper_128"
     assert first.stages[0].steps == 9 * last.stages[0].steps == 900_000 and first.config == last.config
+    one, two = first.stages[0].optim, last.stages[0].optim
+    assert one.lr * factor(one, 900_000, 900_000) == pytest.approx(two.lr * factor(two, 0, 100_000)) == 1e-5, "one fall over a million steps"
 
 
 def test_a_file_without_a_predictor_says_so(bert):

@@ -141,28 +141,28 @@ def tiny_roberta() -> Preset:
         stages=(tiny().stages[0].but(objective=BERT.masked),))
 
 
-def _pretraining(length: int, steps: int, warmup: int) -> Preset:
+def _pretraining(length: int, steps: int, warmup: int, final: float) -> Preset:
     return Preset(
         data="bookcorpus+wikipedia", config=net(30_522, 512, 768, 12, 12, mask=103, special=(0, 101, 102)),
         feed=Feed(text=PairPlan(kind="wordpiece", vocab=30_522, length=length)),
         stages=(Stage(objective=BERT.losses, steps=steps, batch_size=256, optim=Optim(
-            name="adamw", lr=1e-4, weight_decay=0.01, warmup=warmup, schedule="linear", clip=1.0)),))
+            name="adamw", lr=1e-4, weight_decay=0.01, warmup=warmup, schedule="linear", final=final, clip=1.0)),))
 
 
 def paper_128() -> Preset:
-    """BERT-base, the first nine tenths of its steps: texts of 128 tokens (appendix A.2)."""
-    return _pretraining(128, 900_000, 10_000)
+    """BERT-base, the first nine tenths of its steps: texts of 128 tokens, the rate on its way to a tenth (appendix A.2)."""
+    return _pretraining(128, 900_000, 10_000, 0.1)
 
 
 def paper() -> Preset:
     """BERT-base, the last tenth: texts of 512 tokens, from where the rate of the whole million has come down to."""
-    last = _pretraining(512, 100_000, 0)
+    last = _pretraining(512, 100_000, 0, 0.0)
     return last.but(starts=(Start(into="", from_="bert", preset="paper_128"),), **{"stages.0.optim.lr": 1e-5})
 
 
 def large() -> Preset:
     """BERT-large."""
-    return _pretraining(128, 900_000, 10_000).but(config=net(30_522, 512, 1024, 24, 16, mask=103, special=(0, 101, 102)))
+    return paper_128().but(config=net(30_522, 512, 1024, 24, 16, mask=103, special=(0, 101, 102)))
 
 
 def roberta() -> Preset:
