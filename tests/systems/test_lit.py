@@ -84,5 +84,11 @@ def test_the_text_feature_is_the_raw_cls_state_and_padding_is_masked():
     assert not torch.allclose(system.encode_text(torch.tensor([[1, 9, 7, 2]])), system.encode_text(text), atol=1e-4), "[CLS] sees what follows it"
 
 
+def test_the_papers_locked_tower_is_as_large_as_the_one_that_is_lent():
+    preset = preset_of("lit", "paper")
+    lent, own = preset_of("vit", preset.starts[0].preset).config.backbone, preset.config.vision
+    assert [(c.image_size, c.patch, c.width, c.body.depth, c.body.heads) for c in (lent, own)] == [(224, 16, 1024, 24, 16)] * 2
+
+
 def test_the_locked_tower_is_the_one_that_supervised_pre_trains():
     assert preset_of("lit").config.vision == preset_of("supervised").config.backbone

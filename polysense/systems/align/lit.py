@@ -94,7 +94,7 @@ def paper() -> Preset:
     """The public model of section 5.1: ViT-L/16 (ImageNet-21k AugReg), BERT-large, 60k steps of batch 16,384."""
     return Preset(
         data="yfcc100m_clip+cc12m", config=config(plain_vit(224, 16, 1024, 24, 16), bert(30_522, 512, 1024, 24, 16)),
-        starts=(Start(into="vision", from_="vit", take="backbone", preset="paper"),),
+        starts=(Start(into="vision", from_="vit", take="backbone", preset="large"),),
         feed=Feed(image=ImagePlan(size=224, fit="squash", resample="bilinear", mean=HALF, std=HALF),
                   text=TextPlan(kind="wordpiece", vocab=30_522, length=16)),
         stages=(Stage(objective=LiT.compare, embed=LiT.embed, trainable=LOCKED, steps=60_000, batch_size=16_384, checkpoint_activations=True,

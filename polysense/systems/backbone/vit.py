@@ -62,13 +62,23 @@ def tiny() -> Preset:
 
 def paper() -> Preset:
     """ViT-B/16 on ImageNet-21k (table 3): 90 epochs of batch 4096 at 224 px, linear decay."""
-    head: Spec = TanhHead.Config(into=768, hidden=768, out=21_843)
+    return _pretraining(768, 12, 12)
+
+
+def large() -> Preset:
+    """ViT-L/16, the same way."""
+    return _pretraining(1024, 24, 16)
+
+
+def _pretraining(width: int, depth: int, heads: int) -> Preset:
+    """Weight decay is decoupled, as in the authors' code: 0.03 of the gradient of a norm would leave nothing to learn."""
+    head: Spec = TanhHead.Config(into=width, hidden=width, out=21_843)
     epoch = 14_197_122 // 4096
     return Preset(
-        data="imagenet21k", config=VisionTransformer.Config(backbone=tower(224, 16, 768, 12, 12, dropout=0.1), head=head),
+        data="imagenet21k", config=VisionTransformer.Config(backbone=tower(224, 16, width, depth, heads, dropout=0.1), head=head),
         feed=Feed(image=ImagePlan(size=224, mean=HALF, std=HALF), train_image=ViewPlan(size=224, scale=(0.05, 1.0), flip=0.5)),
         stages=(Stage(objective=VisionTransformer.losses, steps=90 * epoch, batch_size=4096,
-                      optim=Optim(name="adam", lr=1e-3, weight_decay=0.03, warmup=10_000, schedule="linear")),))
+                      optim=Optim(lr=1e-3, weight_decay=0.03, warmup=10_000, schedule="linear")),))
 
 
 def finetune() -> Preset:
