@@ -92,7 +92,7 @@ def test_no_semi_hard_negative_costs_nothing():
 
 def test_the_hardest_begin_after_a_warm_up_with_the_sum():
     for name in ("tiny", "paper"):
-        warm, hard = preset_of("dual_triplet", name).stages
+        warm, hard = preset_of("dual_triplet", name).stages[:2]
         assert warm.objective is recipe.DualTriplet.warm_up and hard.objective is recipe.DualTriplet.tell_apart
         assert "log_scale" not in warm.trainable
     system = preset_of("dual_triplet").config.build()
@@ -104,6 +104,16 @@ def test_the_hardest_begin_after_a_warm_up_with_the_sum():
         preset_of("dual_triplet").config.but(policy="easiest").build()
     with pytest.raises(ValueError, match="one of"):
         hinge(unit(), unit(), M, "easiest", OWNER)
+
+
+def test_the_papers_tower_of_pictures_is_imagenets_first_frozen_then_tuned_at_a_tenth():
+    preset = preset_of("dual_triplet", "paper")
+    assert [(s.into, s.from_, s.take) for s in preset.starts] == [("vision", "resnet", "backbone")]
+    assert preset_of("resnet", preset.starts[0].preset).config.backbone == preset.config.vision, "the tower that is lent is this one"
+    warm, hard, tune = preset.stages
+    assert not any(t.startswith(("vision", "*")) for s in (warm, hard) for t in s.trainable) and "vision.*" in tune.trainable
+    assert tune.objective is recipe.DualTriplet.tell_apart and (tune.optim.lr, hard.optim.lr) == (2e-5, 2e-4)
+    assert 2 * tune.steps == warm.steps + hard.steps
 
 
 def test_the_text_is_read_up_to_its_last_word():

@@ -80,5 +80,10 @@ def resnet50() -> Preset:
     return _imagenet(ResNet.Config(layers=(3, 4, 6, 3), block=Bottleneck.Config(stride_in="3x3")))
 
 
+def resnet152() -> Preset:
+    """The deepest of table 1, stride in the 3x3."""
+    return _imagenet(ResNet.Config(layers=(3, 8, 36, 3), block=Bottleneck.Config(stride_in="3x3")))
+
+
 def resnet18() -> Preset:
     return _imagenet(ResNet.Config(layers=(2, 2, 2, 2), block=Basic.Config()))
