@@ -20,6 +20,11 @@ def test_tiny_trains_its_last_block_and_head_and_keeps_the_statistics_of_the_res
     assert moved and all(k.startswith(("backbone.stages.3.0.", "head.")) for k in moved)
 
 
+def system_body(tower):
+    """The blocks without what they drop, which is no weight."""
+    return tower.body.but(**{"block.dropout": 0.0, "block.attn.dropout": 0.0})
+
+
 def test_the_papers_plan_is_the_top_quarter_of_bert():
     with torch.device("meta"):
         system = recipe.paper().config.build()
@@ -27,6 +32,9 @@ def test_the_papers_plan_is_the_top_quarter_of_bert():
     chosen = {n.split(".blocks.")[1].split(".")[0] if ".blocks." in n else n.split(".")[-3 if "pooler" in n else 0]
               for n, p in system.named_parameters() if p.requires_grad}
     assert {"9", "10", "11"} <= chosen and not chosen & {str(i) for i in range(9)}
+    start, = recipe.paper().starts
+    lent = preset_of(start.from_, start.preset).config.text
+    assert (start.into, start.take) == ("backbone", "text") and lent.but(body=system_body(lent), dropout=0.0) == recipe.paper().config.backbone
     share = sum(p.numel() for p in system.parameters() if p.requires_grad) / sum(p.numel() for p in system.parameters())
     assert 0.15 < share < 0.25
 

@@ -79,5 +79,6 @@ def paper() -> Preset:
     return planned(Preset(
         data="glue_sst2", config=FreezeTuning.Config(backbone=tower, head=LinearBias.Config(into=width, out=2, std=0.02), reads="text"),
         feed=Feed(text=TextPlan(kind="wordpiece", vocab=30_522, length=128)),
+        starts=(Start(into="backbone", from_="bert", take="text", preset="paper"),),
         stages=(Stage(objective=FreezeTuning.losses, steps=3 * 67_349 // 16, batch_size=16, optim=Optim(lr=2e-5, schedule="linear")),)),
         Freeze(last=3, train="backbone.pooler.* head.*"))
