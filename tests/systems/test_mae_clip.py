@@ -89,8 +89,21 @@ def test_arms_share_weights_and_data_and_differ_in_their_objective_alone():
     assert all(torch.equal(v, other[k]) for other in arms[1:] for k, v in arms[0].items())
 
 
-def test_pooling_is_a_factor():
-    assert preset_of("mae_clip", "mean_pooled").config.vision.pool == "mean" and preset_of("mae_clip", "paper").config.vision.pool == "cls"
+@pytest.mark.parametrize("pool", recipe.POOLS)
+def test_pooling_is_a_factor(pool, batch):
+    torch.manual_seed(0)
+    made = recipe.config(32, 8, (32, 2, 2), (32, 2, 2), (16, 1, 2), 16, 100, 12, 4, (0, 1, 2), pool).build()
+    tokens, head = made.vision(batch["image"]).tokens, made.image_head
+    with torch.no_grad():
+        want = {"cls": lambda: tokens[:, 0], "mean": lambda: tokens[:, 1:].mean(1), "max": lambda: tokens[:, 1:].amax(1),
+                "attention": lambda: head.pool(tokens[:, 1:])}[pool]()
+    project = head.out if hasattr(head, "out") else head
+    torch.testing.assert_close(made.encode_image(batch["image"]), F.normalize(project(want), dim=-1), rtol=1e-4, atol=1e-5)
+    got = gradients(made, batch, recipe.weights_of(0.0, 0.0))
+    assert {n for n, _ in made.image_head.named_parameters(prefix="image_head") if n.rpartition(".")[2] in ("weight", "query")} <= set(got)
+    assert any(n.startswith("vision.patch") for n in got) and made.encode_patches(batch["image"]).shape == (6, 4, 4, 16)
+    name = {"cls": "paper"}.get(pool, f"{pool}_pooled")
+    assert preset_of("mae_clip", name).config.vision.pool == {"cls": "cls", "mean": "mean"}.get(pool, "none")
 
 
 def test_the_decoder_can_be_thrown_away(system, batch):

@@ -6,23 +6,24 @@ each picture are hidden, its tower reads the rest, and a light decoder draws wha
     L = L_CLIP + w_image MSE(normalised pixels of hidden patches) + w_text CE(hidden words)
 
 Decoder, mask token and word predictor are thrown away. The deliverable is the difference to CLIP under equal steps, which the authors find on small
-data and not on large. With both weights zero it is CLIP, without contrast a masked autoencoder of pictures and texts; how the towers are pooled is
-a factor of its own (`vision.pool`).
+data and not on large. With both weights zero it is CLIP, without contrast a masked autoencoder of pictures and texts; how the picture's tokens are
+pooled is a factor of its own: the class token, the mean of the patches, their largest, or a learned query's attention (`POOLS`).
 """
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from polysense.archetypes.dual_encoder import DualEncoder
 from polysense.base.card import Card
-from polysense.base.system import Batch, Feed, ImagePlan, Losses, Optim, Preset, Stage, TextPlan, ViewPlan, final
+from polysense.base.system import Batch, Feed, ImagePlan, Losses, Optim, Part, Preset, Spec, Stage, TextPlan, ViewPlan, final
 from polysense.decoders.mae import MAEDecoder
 from polysense.decoders.pixels import PixelTarget
 from polysense.decoders.words import WordHead
 from polysense.mechanisms.mask_sampler import RandomMask
 from polysense.mechanisms.word_mask import WordMask
+from polysense.nn.attentive import AttentivePool
 from polysense.nn.build import build
 from polysense.nn.masking import Masking
 from polysense.objectives.spread import gather, world
@@ -37,6 +38,30 @@ card = Card(
 )
 
 PARAMETERS = 221_772_091                     # ViT-B/16 85.8M, text 12x768 108.6M, heads 0.8M, decoder 8x512 26.0M; no total is published
+
+
+POOLS = ("cls", "mean", "max", "attention")
+
+
+class PatchHead(Part):
+    """Patches pooled to one vector behind the tower, then projected without bias: tokens [B,1+N,D] -> [B,out]; places [B,h,w,D] each for itself."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Spec):
+        into: int
+        out: int
+        pool: AttentivePool.Config | None = None         # None: of each feature the largest
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.pool = build(c.pool, width=c.into) if c.pool is not None else None
+        self.out = nn.Linear(c.into, c.out, bias=False)
+        nn.init.normal_(self.out.weight, std=c.into ** -0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim == 4:
+            return self.out(x if self.pool is None else self.pool.out(self.pool.v(self.pool.norm_v(x))))
+        return self.out(x[:, 1:].amax(1) if self.pool is None else self.pool(x[:, 1:]))
 
 
 @final
@@ -86,8 +111,12 @@ def weights_of(pixels: float, words: float, contrast: float = 1.0) -> tuple[tupl
 
 def config(size: int, patch: int, image: tuple[int, int, int], text: tuple[int, int, int], decoder: tuple[int, int, int], dim: int, vocab: int,
            length: int, mask: int, special: tuple[int, ...], pool: str = "cls") -> MAECLIP.Config:
-    """image, text and decoder: (width, depth, heads); mask and special (padding, start, end) are ids."""
-    return MAECLIP.Config(vision=plain_vit(size, patch, *image, pool=pool), text=pre_norm_bert(vocab, length, *text), **heads(image[0], text[0], dim),
+    """image, text and decoder: (width, depth, heads); mask and special (padding, start, end) are ids; pool: one of POOLS."""
+    ends = heads(image[0], text[0], dim)
+    if pool in POOLS[2:]:
+        ends["image_head"] = PatchHead.Config(into=image[0], out=dim, pool=AttentivePool.Config(heads=image[2]) if pool == "attention" else None)
+        pool = "none"
+    return MAECLIP.Config(vision=plain_vit(size, patch, *image, pool=pool), text=pre_norm_bert(vocab, length, *text), **ends,
                           sampler=RandomMask.Config(ratio=0.75), decoder=MAEDecoder.Config(body=vit_body(*decoder)),
                           target=PixelTarget.Config(patch=patch, norm="patch"), hide=WordMask.Config(vocab=vocab, mask=mask, special=special),
                           predict=WordHead.Config(width=text[0], vocab=vocab))
@@ -103,15 +132,29 @@ def tiny() -> Preset:
 
 def paper() -> Preset:
     """ViT-B/16 on 11.3 million pairs, batch 16,384."""
-    epoch = 11_300_000 // 16_384
-    return Preset(
-        data="cc12m+cc3m", config=config(224, 16, (768, 12, 12), (768, 12, 12), (512, 8, 16), 512, 30_522, 77, 103, (0, 101, 102)),
-        feed=Feed(image=ImagePlan(size=224), text=TextPlan(kind="wordpiece", vocab=30_522, length=77),
-                  train_image=ViewPlan(size=224, scale=(0.5, 1.0))),
-        stages=(Stage(objective=MAECLIP.compare_masked, embed=MAECLIP.embed_masked, steps=32 * epoch, batch_size=16_384, weights=weights_of(1.0, 0.1),
-                      optim=Optim(lr=5e-4, weight_decay=0.2, betas=(0.9, 0.98), warmup=2000)),))
+    return _paper("cls")
 
 
 def mean_pooled() -> Preset:
     """The same read by the mean of its patches."""
-    return paper().but(**{"config.vision.pool": "mean"})
+    return _paper("mean")
+
+
+def max_pooled() -> Preset:
+    """By the largest of its patches."""
+    return _paper("max")
+
+
+def attention_pooled() -> Preset:
+    """By a learned query over its patches."""
+    return _paper("attention")
+
+
+def _paper(pool: str) -> Preset:
+    epoch = 11_300_000 // 16_384
+    return Preset(
+        data="cc12m+cc3m", config=config(224, 16, (768, 12, 12), (768, 12, 12), (512, 8, 16), 512, 30_522, 77, 103, (0, 101, 102), pool),
+        feed=Feed(image=ImagePlan(size=224), text=TextPlan(kind="wordpiece", vocab=30_522, length=77),
+                  train_image=ViewPlan(size=224, scale=(0.5, 1.0))),
+        stages=(Stage(objective=MAECLIP.compare_masked, embed=MAECLIP.embed_masked, steps=32 * epoch, batch_size=16_384, weights=weights_of(1.0, 0.1),
+                      optim=Optim(lr=5e-4, weight_decay=0.2, betas=(0.9, 0.98), warmup=2000)),))
