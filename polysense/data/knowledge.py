@@ -27,10 +27,12 @@ WORD = re.compile(r"[^\W_]+(?:['-][^\W_]+)*")
 
 @dataclass(frozen=True)
 class Sense:
-    """One meaning: what it is said to be, kinds of which it is one (nearest first), or the headword whose form this is."""
+    """One meaning: what it is said to be, kinds of which it is one (nearest first), or the headword whose form this is; and what else is said of it,
+    such as by a language model: prompts of a class use all of that."""
     gloss: str = ""
     kinds: tuple[str, ...] = ()
     form_of: str = ""
+    more: tuple[str, ...] = ()
 
 
 @dataclass
@@ -45,8 +47,9 @@ class Knowledge:
 
     @staticmethod
     def read(path: str | Path) -> Knowledge:
-        """A JSON object `{word: gloss}` or `{word: {"definition": ..., "hypernyms": [...]}}`, or lines of JSON as Wiktionary extracts have them
-        (`word`, `senses` with `glosses`, `form_of`, `alt_of`). Raises UserError for a file that is neither."""
+        """A JSON object `{word: gloss}`, `{word: [gloss, more, ...]}` or `{word: {"definition": ..., "hypernyms": [...], "more": [...]}}`, or
+        lines of JSON as Wiktionary extracts have them (`word`, `senses` with `glosses`, `form_of`, `alt_of`). Raises UserError for a file that
+        is neither."""
         path = Path(path)
         if not path.is_file():
             raise UserError(f"no dictionary at {path}", "give a .json or .jsonl file")
@@ -65,14 +68,18 @@ class Knowledge:
 
     def write(self, path: str | Path) -> Path:
         """All senses as lines of JSON that `read` takes back."""
-        rows = ({"word": word, "senses": [{"glosses": [s.gloss] if s.gloss else [], "hypernyms": list(s.kinds),
+        rows = ({"word": word, "senses": [{"glosses": [s.gloss] if s.gloss else [], "hypernyms": list(s.kinds), "more": list(s.more),
                                            "form_of": [{"word": s.form_of}] if s.form_of else []} for s in senses]}
                 for word, senses in self.entries.items())
         Path(path).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
         return Path(path)
 
     def gloss(self, name: str) -> str:
-        """What the first sense says of a name; "" where nothing is known.
+        """What the first sense says of a name; "" where nothing is known."""
+        return next(iter(self.glosses(name)), "")
+
+    def glosses(self, name: str) -> tuple[str, ...]:
+        """All that the first sense says of a name, its own gloss first; () where nothing is known.
 
         Lower case, no punctuation; the whole name, then its first word in other forms, then without its leading words, one by one. Forms lead
         to their headword, at most once through each.
@@ -83,17 +90,17 @@ class Knowledge:
                          *(" ".join((*words[k:-1], lemma)) for lemma in lemmas(words[-1]))):
                 if found := self._follow(form):
                     return found
-        return ""
+        return ()
 
-    def _follow(self, word: str) -> str:
+    def _follow(self, word: str) -> tuple[str, ...]:
         seen: set[str] = set()
         while word in self.entries and word not in seen:
             seen.add(word)
             sense = next(iter(self.entries[word]), Sense())
             if sense.gloss and not sense.form_of:
-                return sense.gloss + (f" ; {' , '.join(sense.kinds)}" if sense.kinds else "")
+                return (sense.gloss + (f" ; {' , '.join(sense.kinds)}" if sense.kinds else ""), *sense.more)
             word = sense.form_of.lower().strip()
-        return ""
+        return ()
 
     def concepts(self, text: str, most: int = 3) -> list[str]:
         """Names in a text that the dictionary knows: of each run of words without stop words the longest beginning that `gloss` knows, from left to
@@ -108,8 +115,11 @@ class Knowledge:
     def enrich(self, text: str, name: str) -> str:
         """`text ; name , gloss`, or the text as it is where nothing is known of the name. The name stands in the text before the gloss, so a
         text that is cut short keeps it."""
-        found = self.gloss(name)
-        return f"{text} ; {name} , {found}" if found else text
+        return self.versions(text, name)[0]
+
+    def versions(self, text: str, name: str) -> list[str]:
+        """`text ; name , gloss` for each gloss of the name, or the text alone."""
+        return [f"{text} ; {name} , {found}" for found in self.glosses(name)] or [text]
 
     def ask(self, text: str) -> str:
         """A question in free words with the gloss of the first thing that it names, in the form of the texts of training; one that carries a
@@ -117,8 +127,8 @@ class Knowledge:
         return text if parted(text)[1] else next((self.enrich(text, name) for name in self.concepts(text, 1)), text)
 
     def prompts(self, names: Sequence[str], templates: Sequence[str]) -> list[list[str]]:
-        """For each class the templates with its name, with knowledge where there is some: rows for `zero_shot(prompts=...)`."""
-        return [[self.enrich(t.replace("{}", name), name) for t in templates] for name in names]
+        """For each class the templates with its name, each with every gloss where there are some: rows for `zero_shot(prompts=...)`."""
+        return [[said for t in templates for said in self.versions(t.replace("{}", name), name)] for name in names]
 
 
 def parted(text: str) -> tuple[str, str, str]:
@@ -145,13 +155,16 @@ def _runs(text: str) -> Iterable[list[str]]:
 
 
 def _sense(about: Any) -> Sense:
-    return Sense(about) if isinstance(about, str) else Sense(about.get("definition", ""), tuple(about.get("hypernyms", ())), about.get("form_of", ""))
+    if isinstance(about, str | list):
+        first, *more = [about] if isinstance(about, str) else about
+        return Sense(first, more=tuple(more))
+    return Sense(about.get("definition", ""), tuple(about.get("hypernyms", ())), about.get("form_of", ""), tuple(about.get("more", ())))
 
 
 def _wiktionary(senses: list[dict[str, Any]]) -> Iterable[Sense]:
     for s in senses:
         linked = next((link["word"] for key in ("form_of", "alt_of") for link in s.get(key, ())), "")
-        yield Sense(next(iter(s.get("glosses", ())), ""), tuple(s.get("hypernyms", ())), linked)
+        yield Sense(next(iter(s.get("glosses", ())), ""), tuple(s.get("hypernyms", ())), linked, tuple(s.get("more", ())))
 
 
 def informed(base: Any, knowledge: Knowledge, name: str = "") -> Any:

@@ -151,6 +151,17 @@ def test_captions_get_the_glosses_of_the_concepts_they_mention():
     assert informed(prompted(kinds, ("a {}.",)), BOOK).about(0)["captions"] == ["a blick.", "a blick. ; blick , a red star with a hole"]
 
 
+def test_a_class_is_asked_for_with_all_that_is_said_of_it_and_captions_get_the_first(tmp_path):
+    (tmp_path / "said.json").write_text(json.dumps({"crow": ["a black bird", "a bird that caws", "a clever bird"], "dax": "a toy"}))
+    book = Knowledge.read(tmp_path / "said.json")
+    assert book.glosses("crows") == ("a black bird", "a bird that caws", "a clever bird") and book.gloss("crow") == "a black bird"
+    assert book.prompts(["crow", "dax", "zig"], ["a {}.", "the {}."]) == [
+        [f"{t} crow. ; crow , {g}" for t in ("a", "the") for g in book.glosses("crow")], ["a dax. ; dax , a toy", "the dax. ; dax , a toy"],
+        ["a zig.", "the zig."]]
+    assert informed(captioned("a crow"), book).about(0)["captions"] == ["a crow", "a crow ; crow , a black bird"], "one telling of each concept"
+    assert Knowledge.read(book.write(tmp_path / "again.jsonl")).glosses("crow") == book.glosses("crow")
+
+
 def test_an_empty_dictionary_changes_nothing():
     plain = captioned("a red ring", "a blue star")
     told = informed(plain, Knowledge())

@@ -4,7 +4,7 @@ import torch
 from fake import fake_batch
 
 from polysense.base.catalogue import preset_of
-from polysense.data.knowledge import Knowledge
+from polysense.data.knowledge import Knowledge, Sense
 from polysense.objectives.contrastive import apart, info_nce, multi_positive
 from polysense.tasks.zero_shot import rows_of
 
@@ -61,5 +61,8 @@ def test_a_class_row_is_the_same_in_any_order_of_glosses_and_of_any_number():
     torch.testing.assert_close(rows[0], rows[1])
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(3))
     assert not torch.allclose(rows[0], rows[2])
+    known = [Knowledge({"bee": [Sense(order[0], more=tuple(order[1:]))]}).prompts(["bee"], ["a {}."]) for order in (glosses, glosses[::-1])]
+    assert len(known[0][0]) == 3 and known[0] != known[1]
+    torch.testing.assert_close(rows_of(Subject(), known[0]), rows_of(Subject(), known[1]), msg="whatever the order in the dictionary")
     book = Knowledge.of({"bee": "a deaf bead"})
     assert book.prompts(["bee", "cab"], ["a {}."]) == [["a bee. ; bee , a deaf bead"], ["a cab."]]
