@@ -1,9 +1,13 @@
-"""Video Swin as torchvision names it, and as BEVT's files do (mmaction: `backbone.layers.*`, `cls_head.lm_head`). The trunk of clips is read; what
-files do not name (the way in of pictures, both ways out, the tokenizer) stays as it was built."""
+"""Video Swin as torchvision names it, and as BEVT's files do (mmaction: `backbone.layers.*`, `cls_head.lm_head`). Of torchvision's the trunk of
+clips is read; BEVT's own also hold the way in of pictures, both ways out and the mask token, which a Video Swin under the same names lacks. What a
+file does not name (and the tokenizer, which is another file's) stays as it was built."""
+from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from polysense.base.errors import UserError
-from polysense.weights.keymap import KeyMap, Rule, State, both, rule, stack3
+from polysense.weights.keymap import KeyMap, Op, Rule, State, both, rule, stack3
 from polysense.weights.layout import Layout
 from polysense.weights.sizes import Dict, count, size
 from polysense.weights.swin_timm import OFFICIAL
@@ -26,9 +30,33 @@ def torchvision_map(config: Any) -> KeyMap:
     return table.at("", "encoder") + OWN
 
 
+def thin(*axes: int) -> Op:
+    """A kernel of three dimensions that is one along `axes`, and the same without them."""
+    def load(t: list[Tensor]) -> list[Tensor]:
+        if t[0].ndim <= max(axes) or any(t[0].shape[a] != 1 for a in axes):
+            raise ValueError(f"it is not of length one along {' and '.join(map(str, axes))}")
+        return [t[0].squeeze(tuple(axes))]
+
+    def save(t: list[Tensor]) -> list[Tensor]:
+        out = t[0]
+        for a in sorted(axes):
+            out = out.unsqueeze(a)
+        return [out]
+    return Op(f"thin{''.join(map(str, axes))}", load, save)
+
+
+def convolved(theirs: str, ours: str, axes: Sequence[int]) -> tuple[Rule, ...]:
+    return rule(f"{theirs}.weight", f"{ours}.weight", thin(*axes)), rule(f"{theirs}.bias", f"{ours}.bias")
+
+
 def mmaction_map(config: Any) -> KeyMap:
-    return (OFFICIAL.at("backbone", "encoder") + KeyMap((*both("cls_head.lm_head", "decoder.classify"),),
-                                                        drop=(r"backbone\.patch_embed_?2d\..*", r"cls_head\.(?!lm_head\.).*", r"dvae\..*")) + OWN)
+    heads = KeyMap((
+        *both("backbone.patch_embed_2d.proj", "encoder.still"), *both("backbone.patch_embed_2d.norm", "encoder.still_norm"),
+        *both("backbone.fpn.0", "decoder.still.grow"), *both("backbone.lm_down", "decoder.still.down"),
+        *convolved("backbone.fpn_s.0", "decoder.moving.grow", (2,)), *both("backbone.lm_down_st.0", "decoder.moving.down"),
+        *convolved("backbone.fpn_t.0", "decoder.times", (3, 4)), rule("backbone.mask_token", "token"),
+        *both("cls_head.lm_head", "decoder.classify")), drop=(r"cls_head\.(?!lm_head\.).*", r"dvae\..*"))
+    return OFFICIAL.at("backbone", "encoder") + heads + OWN
 
 
 def read(state: State, blocks: list[str], patch: str) -> tuple[str, Dict]:

@@ -25,7 +25,7 @@ TRUNK = Swin3D.Config(patch=(2, 2, 2), base=4, depths=(1, 2, 2), heads=(1, 1, 2)
 @pytest.fixture()
 def system():
     torch.manual_seed(0)
-    return recipe.config(TRUNK, TARGET, 8, 2, 6).build()
+    return recipe.config(TRUNK, TARGET, 8, 2).build()
 
 
 @pytest.fixture(scope="module")
@@ -50,15 +50,18 @@ def test_paper_is_the_papers():
     assert (c.encoder.heads, c.encoder.drop_path) == ((4, 8, 16, 32), 0.3)
     assert (c.video_mask.frame.hidden, c.image_mask, c.video_mask.shortest, c.target.size, c.target.width) == (98, c.video_mask.frame, 0.5, 112, 8192)
     feed, stage = preset_of("bevt", "paper").feed, preset_of("bevt", "paper").stages[0]
+    view = feed.train_image
+    assert (view.jitter, view.jitter_by, view.flip) == (1.0, (0.4, 0.4, 0.4, 0.0), 0.5)
     assert (feed.video.frames, feed.video.stride, stage.optim.lr, stage.optim.weight_decay, stage.optim.clip) == (16, 8, 5e-4, 0.05, 3.0)
     for name in ("tiny", "paper"):
         starts = {s.into: s.preset for s in preset_of("bevt", name).starts if s.from_ == "bevt"}
-        assert starts == {p: f"{name}_pictures" for p in ("encoder", "decoder")}, "stage 2 starts from stage 1"
+        assert starts == {p: f"{name}_pictures" for p in ("encoder", "decoder", "token")}, "stage 2 starts from stage 1"
     with torch.device("meta"):
         system = c.build()
         before, last = system.encoder.features(torch.empty(1, 16, 3, 224, 224))[-2:]
         assert before.shape == (1, 8, 14, 14, 512) and last.shape == (1, 8, 7, 7, 1024)
-        assert system.decoder.of_clip(before, last).flatten(1, 3).shape == (1, 16 * 196, 8192), "an answer for all 16 frames"
+        said = system.named(system.decoder.of_clip(before, last))
+        assert said.flatten(1, 3).shape == (1, 16 * 196, 8192), "an answer for all 16 frames"
 
 
 @torch.no_grad()
@@ -178,14 +181,18 @@ def test_every_frame_is_answered_and_only_what_was_hidden_counts(system, batch):
 
 
 @torch.no_grad()
-def test_answers_read_the_last_map_enlarged_beside_the_one_before(system):
+def test_answers_read_the_last_map_enlarged_beside_the_one_before_behind_one_norm(system, batch):
+    shaken(system)
     before, last = torch.randn(1, 1, 4, 4, 8), torch.randn(1, 1, 2, 2, 16)
-    rise, d = system.decoder.still, system.decoder
+    rise, d, norm = system.decoder.still, system.decoder, system.encoder.norm
     grown = rise.grow(last[:, 0].permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-    want = d.classify(d.still_norm(rise.down(torch.cat([grown, before[:, 0]], -1))))
-    torch.testing.assert_close(d.of_picture(before, last), want)
+    torch.testing.assert_close(d.of_picture(before, last), rise.down(torch.cat([before[:, 0], grown], -1)))
+    mask = torch.zeros(3, 4, 4, 4, dtype=torch.bool)
+    for said, risen in ((system.name_picture(batch["image"], mask[:, 0]), d.of_picture(*system.maps(batch["image"], mask[:, :1]))),
+                        (system.name_clip(batch["video"], mask), d.of_clip(*system.maps(batch["video"], mask)))):
+        torch.testing.assert_close(said, d.classify(F.layer_norm(risen, (16,), norm.weight, norm.bias)))
     moved = d.of_clip(before.expand(-1, 3, -1, -1, -1), last.expand(-1, 3, -1, -1, -1))
-    assert moved.shape == (1, 6, 4, 4, 10) and not torch.allclose(moved[0, 0], moved[0, 1]), "the two frames of a time are told apart"
+    assert moved.shape == (1, 6, 4, 4, 16) and not torch.allclose(moved[0, 0], moved[0, 1]), "the two frames of a time are told apart"
 
 
 # -- training and use -------------------------------------------------------------------------------------------------------------------
@@ -212,7 +219,7 @@ def test_stage_2_begins_with_what_stage_1_learned_inflated(tmp_path, monkeypatch
     runs = {p.name.rsplit("-", 1)[0]: p for p in (tmp_path / "cache" / "runs").iterdir()}
     before, codec = load_run(runs["bevt-tiny_pictures"]).system, load_run(runs["vq_vae-small"]).system.codec
     assert torch.equal(made.encoder.stages[1].blocks[1].mlp.up.weight, before.encoder.stages[1].blocks[1].mlp.up.weight)
-    assert torch.equal(made.decoder.still.down.weight, before.decoder.still.down.weight)
+    assert torch.equal(made.decoder.still.down.weight, before.decoder.still.down.weight) and torch.equal(made.token, before.token)
     torch.testing.assert_close(made.encoder.patch.weight[:, :, 1] * 2, before.encoder.still.weight)
     assert all(torch.equal(v, made.target.codec.state_dict()[k]) for k, v in codec.state_dict().items())
 

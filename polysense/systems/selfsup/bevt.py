@@ -5,10 +5,11 @@ Stage 1 is BEiT's task on pictures with a Swin in place of the ViT. Stage 2 star
     L = CE(codes of hidden places of the picture) + CE(codes of hidden places of all frames of the clip)          (equation 3, weight 1 each)
 
 Both pass the same blocks: a picture is a clip of one time, looked at through the position biases of no offset in time. Apart are the way in (4x4
-squares, 2x4x4 cubes) and the way out (the last map, enlarged by a transposed convolution, beside the one before it); the classifier is one. What
-clips need is inflated from what pictures have learned, at the start of stage 2. Half of the 14x14 places of a frame are hidden block by block, the
-same ones over a run of half to all of the times, which may wrap around; the mask is repeated to the finer grid of patches, where one learned token
-stands in for what is hidden. A frozen tokenizer gives the codes of every frame, and the mask holds for both frames of a time.
+squares, 2x4x4 cubes) and the way out (the last map, enlarged by a transposed convolution, beside the one before it); the norm behind it and the
+classifier are one. What clips need is inflated from what pictures have learned, at the start of stage 2. Half of the 14x14 places of a frame are
+hidden block by block, the same ones over a run of half to all of the times, which may wrap around; the mask is repeated to the finer grid of
+patches, where one learned token stands in for what is hidden. A frozen tokenizer gives the codes of every frame, and the mask holds for both frames
+of a time.
 """
 from dataclasses import dataclass, field
 
@@ -36,7 +37,7 @@ card = Card(
     needs=("image", "video|image"), can=("encode_image", "encode_video"), official="xyzforever/BEVT",
 )
 
-PARAMETERS = 151_406_152                     # trunk 87.6M, ways out 10.0M, encoder of the tokenizer 53.8M; no published total
+PARAMETERS = 163_465_288                     # trunk 87.6M, ways out 22.0M, encoder of the tokenizer 53.8M; no published total
 
 weights = {"torchvision": layouts.TORCHVISION, "mmaction": layouts.MMACTION}
 
@@ -63,17 +64,21 @@ class BEVT(System):
         self.encoder.inflate()
 
     def maps(self, pixels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """pixels with what mask [B,T,h,w] says hidden -> the map before the last, and the last after its norm."""
+        """pixels with what mask [B,T,h,w] says hidden -> the map before the last, and the last, as the blocks leave them."""
         before, last = self.encoder.features(pixels, (mask, self.token))[-2:]
-        return before, self.encoder.norm(last)
+        return before, last
+
+    def named(self, features: Tensor) -> Tensor:
+        """What rose from the maps [...,D] -> logits [...,K]: one norm, the trunk's, and one classifier for both streams (released code)."""
+        return self.decoder.classify(self.encoder.norm(features))
 
     def name_picture(self, image: Tensor, mask: Tensor) -> Tensor:
         """image [B,3,H,W], mask [B,h,w] (True is hidden) -> logits [B,h,w,K]."""
-        return self.decoder.of_picture(*self.maps(image, mask[:, None]))
+        return self.named(self.decoder.of_picture(*self.maps(image, mask[:, None])))
 
     def name_clip(self, video: Tensor, mask: Tensor) -> Tensor:
         """video [B,F,3,H,W], mask [B,T,h,w] -> logits [B,F,h,w,K] of every frame."""
-        return self.decoder.of_clip(*self.maps(video, mask))
+        return self.named(self.decoder.of_clip(*self.maps(video, mask)))
 
     def codes(self, frames: Tensor) -> Tensor:
         """frames [B,3,H,W] or [B,F,3,H,W] -> their codes [B,h,w] or [B,F,h,w]. UserError where the tokenizer's grid is not that of the answers."""
@@ -118,14 +123,13 @@ class BEVT(System):
 
 
 MEAN, STD, HALF = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), (0.5, 0.5, 0.5)
-OF_PICTURES = ("encoder.still.*", "encoder.still_norm.*", "encoder.stages.*", "encoder.norm.*", "decoder.still*", "decoder.classify.*", "token")
+OF_PICTURES = ("encoder.still.*", "encoder.still_norm.*", "encoder.stages.*", "encoder.norm.*", "decoder.still.*", "decoder.classify.*", "token")
 LEARNS = ("encoder.*", "decoder.*", "token")
 
 
-def config(encoder: Swin3D.Config, target: CodeTarget.Config, hidden: int, least: int, width: int) -> BEVT.Config:
+def config(encoder: Swin3D.Config, target: CodeTarget.Config, hidden: int, least: int) -> BEVT.Config:
     frame = BlockMask.Config(hidden=hidden, least=least, fill="exact")
-    return BEVT.Config(encoder=encoder, target=target, decoder=TwoStreams.Config(width=width), image_mask=frame,
-                       video_mask=SpanMask.Config(frame=frame))
+    return BEVT.Config(encoder=encoder, target=target, image_mask=frame, video_mask=SpanMask.Config(frame=frame))
 
 
 def tiny_pictures() -> Preset:
@@ -133,7 +137,7 @@ def tiny_pictures() -> Preset:
     target = CodeTarget.Config(codec=small_codec(), size=32, mean=MEAN, std=STD, codec_mean=HALF, codec_std=HALF)
     encoder = Swin3D.Config(patch=(2, 4, 4), base=48, depths=(2, 2), heads=(2, 4), window=(4, 4, 4))
     return Preset(
-        data="scenes:clips?size=32&frames=8", config=config(encoder, target, 32, 6, 64),
+        data="scenes:clips?size=32&frames=8", config=config(encoder, target, 32, 6),
         feed=Feed(image=ImagePlan(size=32, mean=MEAN, std=STD), train_image=ViewPlan(size=32, scale=(0.6, 1.0), flip=0.5), video=VideoPlan(frames=8)),
         starts=(Start(into="target.codec", from_="vq_vae", take="codec", preset="small"),),
         stages=(Stage(name="pictures", objective=BEVT.look, trainable=OF_PICTURES, steps=300, batch_size=32,
@@ -142,7 +146,7 @@ def tiny_pictures() -> Preset:
 
 def after(preset: str) -> tuple[Start, ...]:
     """What stage 2 takes from stage 1."""
-    return tuple(Start(into=part, from_="bevt", take=part, preset=preset) for part in ("encoder", "decoder"))
+    return tuple(Start(into=part, from_="bevt", take=part, preset=preset) for part in ("encoder", "decoder", "token"))
 
 
 def tiny() -> Preset:
@@ -159,9 +163,9 @@ def paper_pictures() -> Preset:
     epoch = 1_281_167 // 2048
     target = CodeTarget.Config(codec=DVAECodec.Config(encoder=DVAEEncoder.Config(codes=8192), decoder=None), size=112, mean=MEAN, std=STD)
     return Preset(
-        data="imagenet1k", config=config(Swin3D.Config(drop_path=0.3), target, 98, 16, 512),
-        feed=Feed(image=ImagePlan(size=224, mean=MEAN, std=STD), train_image=ViewPlan(size=224, scale=(0.2, 1.0), flip=0.5, jitter=0.8),
-                  video=VideoPlan(frames=16, sample="stride", stride=8)),
+        data="imagenet1k", config=config(Swin3D.Config(drop_path=0.3), target, 98, 16),
+        feed=Feed(image=ImagePlan(size=224, mean=MEAN, std=STD), train_image=ViewPlan(
+            size=224, scale=(0.2, 1.0), flip=0.5, jitter=1.0, jitter_by=(0.4, 0.4, 0.4, 0.0)), video=VideoPlan(frames=16, sample="stride", stride=8)),
         starts=(Start(into="target.codec.encoder", from_="dalle_dvae", take="codec.encoder", preset="paper"),),
         stages=(Stage(name="pictures", objective=BEVT.look, trainable=OF_PICTURES, steps=800 * epoch, batch_size=2048,
                       optim=Optim(lr=1.5e-3, weight_decay=0.05, warmup=10 * epoch, clip=3.0)),))
