@@ -138,6 +138,7 @@ def test_the_recipes_numbers():
     assert c.sampler.draw == "even" and c.sampler.share == 0.5 and c.sampler.ratio == (0.1, 0.5) and c.centre.iterations == 3
     assert c.backbone.body.block.layer_scale == 1e-5 and c.backbone.body.drop_path == 0.4 and c.backbone.body.block.mlp.hidden == 4096
     assert c.projector.out == c.patch_head.out == 131_072 and c.projector.bottleneck == 384 and c.koleo == 0.1
+    assert optim.layer_decay == 1.0 and paper.config.teacher.momentum == 0.994
     assert optim.lr == pytest.approx(2e-4 * 3 ** 0.5) and paper.stages[0].steps == 625_000 and optim.lr_scale == (("backbone.patch.*", 0.2),)
     scales = {n: g["scale"] for g in groups(PRESET.config.build(), PRESET.stages[0].optim) for n in g["names"]}
     assert scales["backbone.patch.weight"] == pytest.approx(0.2) and scales["backbone.cls"] == 1.0
@@ -145,6 +146,7 @@ def test_the_recipes_numbers():
 
 
 def test_centring_by_a_mean_is_swapped_in_by_name_and_uses_fewer_prototypes(batch):
+    assert override(PRESET, {"heads": "one", "centre": "mean"}).config.patch_centre.width == 20
     mean = override(PRESET, {"centre": "mean"}).config.build()
     assert isinstance(mean.centre, Centre) and mean.patch_centre.value.shape == (20,)
     torch.manual_seed(0)
@@ -156,11 +158,24 @@ def test_centring_by_a_mean_is_swapped_in_by_name_and_uses_fewer_prototypes(batc
 
 def test_a_small_tower_learns_from_a_frozen_guide(batch):
     small = preset_of("dinov2", "distilled")
-    assert small.stages[0].trainable == ("backbone.*", "projector.*") and small.config.backbone.body.drop_path == 0.0
+    assert small.stages[0].trainable == ("backbone.*", "projector.*", "patch_head.*") and small.config.backbone.body.drop_path == 0.0
+    assert {s.into: s.take for s in small.starts} == {f"guide.{n}": f"teacher.module.{n}" for n in ("backbone", "projector", "patch_head")}
     head = PRESET.config.projector
-    config = PRESET.config.but(patch_head=None, guide=recipe.tower(32, 8, 24, 1, 2, drop_path=0.5), guide_head=head.but(into=24))
-    system = config.build()
-    stage = PRESET.stages[0].but(objective=recipe.DINOv2.learn_from_guide, trainable=("backbone.*", "projector.*"), steps=2, batch_size=4)
+    config = PRESET.config.but(guide=recipe.tower(32, 8, 24, 1, 2, drop_path=0.5), guide_head=head.but(into=24))
+    system = config.build().eval()
+    with torch.no_grad():
+        flat, held = torch.cat(batch["views"].unbind(1)), system.guide
+        tokens, seen = held["backbone"](flat).tokens, system.backbone(flat).tokens
+        cls = sinkhorn(held["projector"](tokens[:, 0]), 0.04).unflatten(0, (2, 4))
+        place = sinkhorn(held["patch_head"](tokens[:, 1:].flatten(0, 1)), 0.04)
+        heard = system.projector(torch.cat([seen[:, 0], *(system.backbone.pooled(c) for c in batch["crops"].unbind(1))])).unflatten(0, (-1, 4))
+        terms = [-(cls[i] * (heard[j] / 0.1).log_softmax(-1)).sum(-1).mean() for i in (0, 1) for j in range(len(heard)) if i != j]
+        said = (system.patch_head(seen[:, 1:].flatten(0, 1)) / 0.1).log_softmax(-1)
+        losses = system.learn_from_guide(batch)
+        torch.testing.assert_close(losses["distil"], torch.stack(terms).mean(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(losses["patches"], -(place * said).sum(-1).mean(), rtol=1e-4, atol=1e-4, msg="on every patch, none masked")
+        torch.testing.assert_close(losses["koleo"], 0.1 * (koleo(seen[:4, 0]) + koleo(seen[4:, 0])), rtol=1e-4, atol=1e-5)
+    stage = PRESET.stages[0].but(objective=recipe.DINOv2.learn_from_guide, trainable=small.stages[0].trainable, steps=2, batch_size=4)
     guide = {k: v.clone() for k, v in system.guide.state_dict().items()}
     copy = system.teacher.module["backbone"].patch.weight.clone()
     assert len(list(fit(system, stage, [batch] * 2))) == 2
@@ -168,6 +183,8 @@ def test_a_small_tower_learns_from_a_frozen_guide(batch):
     assert not torch.equal(copy, system.teacher.module["backbone"].patch.weight), "the average is what is used"
     with pytest.raises(UserError, match="no guide"):
         PRESET.config.build().learn_from_guide(batch)
+    with pytest.raises(UserError, match="patches of one size"):
+        config.but(guide=recipe.tower(32, 16, 24, 1, 2)).build().learn_from_guide(batch)
 
 
 def test_tiny_trains_and_its_features_are_the_teachers(dinov2, batch, tmp_path):

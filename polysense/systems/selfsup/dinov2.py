@@ -8,15 +8,16 @@
 The teacher's answers are shared out over the batch by three rounds of Sinkhorn-Knopp in place of a running centre; for patches the batch is all
 hidden ones. Exactly half of the large crops are masked, by ratios spread evenly over a tenth to a half. The tower has layer scale and, at the largest
 size, gated MLPs, and stochastic depth that computes nothing for what it drops; registers put four tokens into it that take up what would otherwise
-stain the patches. Smaller towers are distilled from the largest, frozen (`learn_from_guide`): no mask, no stochastic depth, the moving average kept.
+stain the patches. Smaller towers are distilled from the largest, frozen (`learn_from_guide`): no mask, no stochastic depth, L_iBOT on all patches of
+the large crops, the moving average kept.
 """
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from polysense.archetypes.self_distilled import SelfDistilled, answers
+from polysense.archetypes.self_distilled import SHARED, SelfDistilled, answers
 from polysense.base.card import Card
 from polysense.base.errors import UserError
 from polysense.base.plan import CropFeed, RisingDecay
@@ -51,43 +52,61 @@ class DINOv2(SelfDistilled):
     @dataclass(frozen=True, kw_only=True)
     class Config(SelfDistilled.Config):
         koleo: float = 0.1                   # weight of each view's
-        guide: Spec | None = None            # a larger, frozen tower whose heads are `guide_head` and `guide_patch_head`
-        guide_head: Spec | None = None
+        guide: Spec | None = None            # a larger, frozen tower
+        guide_head: Spec | None = None       # its head, and the one for patches where this system has one
 
     def __init__(self, c: Config):
         super().__init__(c)
         self.koleo = c.koleo
         if c.guide is not None and c.guide_head is not None:
-            self.guide: Any = nn.ModuleDict({"backbone": c.guide.build(), "projector": c.guide_head.build()})
+            heads = SHARED if c.patch_head is not None else SHARED[:1]
+            self.guide: Any = nn.ModuleDict({"backbone": c.guide.build()} | {name: c.guide_head.build() for name in heads})
 
     def losses(self, batch: Batch) -> Losses:
         heard = self.hear(batch, "hidden")
         out = Losses(distil=distil_ce(heard.student, heard.target, self.student_temperature),
                      patches=masked_ce(heard.patches, heard.patch_target, heard.mask, self.student_temperature))
+        return self.spread(out, heard.features).keeping(**heard.keep)
+
+    def spread(self, out: Losses, features: Tensor) -> Losses:
+        """The losses and, where it has a weight, KoLeo's of the student's class tokens [V,B,D], one view at a time."""
         if self.koleo:
-            out["koleo"] = self.koleo * torch.stack([koleo(view) for view in heard.features]).sum()
-        return out.keeping(**heard.keep)
+            out["koleo"] = self.koleo * torch.stack([koleo(view) for view in features]).sum()
+        return out
 
     def learn_from_guide(self, batch: Batch) -> Losses:
-        """Distillation from a frozen, larger tower (section 5): its answers in place of the own average's, nothing masked."""
+        """Distillation from a frozen, larger tower (section 5): its answers in place of the own average's, nothing masked, and the patch loss on
+        every patch of the large crops. UserError without such a tower, or where its patches are other places."""
         if not hasattr(self, "guide"):
             raise UserError("this DINOv2 has no guide to learn from", "train the preset distilled, or objective losses")
         views = batch["views"]
         images, crops = (x.transpose(0, 1).flatten(0, 1) for x in (views, batch["crops"]))
+        if self.guide["backbone"].grid_of(images) != self.backbone.grid_of(images):
+            raise UserError(f"the guide has {self.guide['backbone'].grid_of(images)} patches, this tower {self.backbone.grid_of(images)}",
+                            "choose patches of one size")
+        head = SHARED[1] if SHARED[1] in self.guide else SHARED[0]
         with torch.no_grad():
-            said = self.guide["projector"](self.guide["backbone"].pooled(images)).float()
+            tokens = self.guide["backbone"](images).tokens
+            said = self.guide["projector"](tokens[:, 0]).float()
+            patch_said = self.guide[head](tokens[:, self.guide["backbone"].prefix:].flatten(0, 1)).float()
             target = answers(self.centre, said, self.heat).unflatten(0, (views.shape[1], -1))
-        large = self.backbone.pooled(images)
-        student = self.projector(torch.cat([large, self.backbone.pooled(crops)])).unflatten(0, (-1, len(views)))
-        one, two = large.unflatten(0, (views.shape[1], -1))[:2]
-        return Losses(distil=distil_ce(student, target, self.student_temperature)).keeping(
-            output=said.mean(0, keepdim=True), patch_output=said.mean(0, keepdim=True), answer=target.flatten(0, 1), one=one, two=two)
+            patch_target = answers(self.patch_centre, patch_said, self.heat)
+        seen = self.backbone(images).tokens
+        patches, features = seen[:, self.backbone.prefix:], seen[:, 0].unflatten(0, (views.shape[1], -1))
+        student = self.projector(torch.cat([seen[:, 0], self.backbone.pooled(crops)])).unflatten(0, (-1, len(views)))
+        every = torch.ones(patches.shape[:2], dtype=torch.bool, device=patches.device)
+        out = Losses(distil=distil_ce(student, target, self.student_temperature),
+                     patches=masked_ce(getattr(self, head)(patches.flatten(0, 1)), patch_target, every, self.student_temperature))
+        return self.spread(out, features).keeping(
+            output=said.mean(0, keepdim=True), patch_output=patch_said.mean(0, keepdim=True), answer=target.flatten(0, 1), one=features[0],
+            two=features[1])
 
 
 def centred(of: Preset) -> Preset:
     """With running centres in place of Sinkhorn."""
     config: Any = of.config
-    return of.but(**{"config.centre": Centre.Config(width=config.projector.out), "config.patch_centre": Centre.Config(width=config.patch_head.out)})
+    return of.but(**{"config.centre": Centre.Config(width=config.projector.out),
+                     "config.patch_centre": Centre.Config(width=(config.patch_head or config.projector).out)})
 
 
 DINOv2.choices = {"centre": {"sinkhorn": lambda p: p, "mean": centred},
@@ -135,7 +154,7 @@ def paper() -> Preset:
         config=config(giant, 131_072, 2048, 384, Teacher.Config(momentum=0.994, final=1.0, mode="eval"), warming=30 / 500, still=1 / 500,
                       sampler=VariedBlocks.Config(draw="even", blocks=BlockMask.Config(least=4, fill="exact"))),
         stages=(Stage(objective=DINOv2.losses, steps=500 * epoch, batch_size=3072, optim=RisingDecay(
-            lr=lr, weight_decay=0.04, final_decay=0.2, warmup=80 * epoch, clip=3.0, final=1e-6 / lr, layer_decay=0.9,
+            lr=lr, weight_decay=0.04, final_decay=0.2, warmup=80 * epoch, clip=3.0, final=1e-6 / lr,
             lr_scale=(("backbone.patch.*", 0.2),))),))
 
 
@@ -153,10 +172,9 @@ def distilled() -> Preset:
     head = giant.config.projector.but(into=384, bottleneck=256)  # type: ignore[attr-defined]
     made = config(small, 131_072, 2048, 256, Teacher.Config(momentum=0.994, final=1.0, mode="eval"), guide=giant.config.backbone,  # type: ignore[attr-defined]
                   guide_head=giant.config.projector)  # type: ignore[attr-defined]
-    return giant.but(config=made.but(projector=head, patch_head=None), starts=(
-        Start(into="guide.backbone", from_="dinov2", take="teacher.module.backbone", preset="paper"),
-        Start(into="guide.projector", from_="dinov2", take="teacher.module.projector", preset="paper"),
-    ), stages=(giant.stages[0].but(objective=DINOv2.learn_from_guide, trainable=("backbone.*", "projector.*")),))
+    return giant.but(config=made.but(projector=head, patch_head=head), starts=tuple(
+        Start(into=f"guide.{n}", from_="dinov2", take=f"teacher.module.{n}", preset="paper") for n in ("backbone", *SHARED)),
+        stages=(giant.stages[0].but(objective=DINOv2.learn_from_guide, trainable=("backbone.*", *(f"{n}.*" for n in SHARED))),))
 
 
 def features() -> Preset:
