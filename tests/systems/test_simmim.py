@@ -105,13 +105,12 @@ def test_the_loss_is_the_mean_absolute_error_of_hidden_pixels(simmim, image):
     assert recipe.masked_l1(masking.at_hidden(patchify(perfect, 4)), target) == 0
 
 
-def test_distance_is_that_of_a_loop(simmim, image):
-    masking = simmim.masking(image[:1])
-    mask, far = masking.mask.view(16, 16), []
-    visible = (~mask).nonzero().float()
-    for place in mask.nonzero().float():
-        far.append((visible - place).norm(dim=1).min())
-    torch.testing.assert_close(simmim.distance(image[:1], masking), torch.stack(far).mean() * 4)
+def test_distance_is_that_of_every_hidden_pixel_to_its_nearest_visible_one(simmim, image):
+    masking = simmim.masking(image[:2])
+    far = [torch.cdist(one.nonzero().float(), (~one).nonzero().float()).amin(1) for one in under(image[:2], masking)[:, 0]]
+    torch.testing.assert_close(simmim.distance(image[:2], masking), torch.cat(far).mean(), rtol=1e-4, atol=1e-4)
+    beside = masking_of(torch.arange(256)[None] % 16 == 0)                       # one column of patches of 4 px: 4, 3, 2 and 1 px away
+    assert float(simmim.distance(image[:1], beside)) == pytest.approx(2.5)
     cells = [float(simmim.distance(image, CellMask.Config(side=s).build()(3, (16, 16)))) for s in (1, 4)]
     assert cells[0] < 0.6 * cells[1], "small cells lie beside what is visible"
 

@@ -52,11 +52,15 @@ class SimMIM(MaskedPictures):
         return Losses(pixels=masked_l1(*self.pairs(image, self.masking(image))))
 
     def distance(self, image: Tensor, masking: Masking) -> Tensor:
-        """AvgDist: how far, in pixels, hidden patches are from their nearest visible one, from centre to centre; mean over the batch. Scalar."""
-        h, w = self.encoder.grid_of(image)
-        place = torch.cartesian_prod(torch.arange(h), torch.arange(w)).to(image.device, torch.float32)
-        apart = torch.cdist(place, place)[None].expand(len(image), -1, -1).masked_fill(masking.mask[:, None], torch.inf).amin(-1)
-        return apart[masking.mask].mean() * (image.shape[-1] / w)
+        """AvgDist: how far, in pixels, hidden pixels are from their nearest visible one; mean over the batch. Scalar."""
+        hidden = masking.mask.unflatten(1, self.encoder.grid_of(image))
+        hidden = hidden.repeat_interleave(image.shape[2] // hidden.shape[1], 1).repeat_interleave(image.shape[3] // hidden.shape[2], 2)
+        down, across = ((torch.arange(n, device=image.device)[:, None] - torch.arange(n, device=image.device)).float() ** 2 for n in hidden.shape[1:])
+        far = list[Tensor]()
+        for one in hidden:                   # squares of distances are sums: first along rows, then along columns
+            near = (across + torch.where(one, torch.inf, 0.0)[:, None]).amin(-1)
+            far.append((down[..., None] + near).amin(1)[one].sqrt())
+        return torch.cat(far).mean()
 
 
 def preset(size: int, encoder: Spec, patch: int, stride: int, prefix: int, cell: int, data: str, stage: Stage) -> Preset:
