@@ -59,6 +59,21 @@ def test_the_teacher_is_frozen_whole_and_does_not_know_the_mask(mvp, image):
     assert torch.equal(mvp.target(image, one), whole[one.mask]) and torch.equal(mvp.target(image, two), whole[two.mask]) and both.any()
 
 
+def test_a_teacher_of_other_pictures_teaches_nothing(mvp):
+    """Pictures of one colour each, and what the teacher says less its mean over them: all else is alike for all of them, and learned from any."""
+    g = torch.Generator().manual_seed(3)
+    image = torch.randn(4, 3, 1, 1, generator=g) + 0.2 * torch.randn(4, 3, 64, 64, generator=g)
+    plan, final = preset_of("mvp").stages[0].but(steps=40, **{"optim.warmup": 1, "optim.lr": 3e-3}), []
+    real = mvp.target.whole
+    for shuffle in (lambda x: x, lambda x: x[torch.randperm(len(x))]):
+        model = toy()
+        model.target.load_state_dict(mvp.target.state_dict())
+        model.target.whole = lambda pixels, shuffle=shuffle: shuffle(real(pixels) - real(pixels).mean(0))
+        steps = list(fit(model, plan, iter([{"image": image}] * 40)))
+        final.append(1 - sum(s.total for s in steps[-10:]) / 10)
+    assert final[0] > 0.3 and abs(final[1]) < 0.15, final
+
+
 def test_loss_is_one_minus_cosine_whatever_the_lengths(mvp, image):
     torch.manual_seed(2)
     masking = mvp.masking(image)

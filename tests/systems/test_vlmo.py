@@ -182,7 +182,15 @@ def test_three_losses_of_the_third_stage(system, batch, monkeypatch):
     asked = {}
     monkeypatch.setattr(vlmo, "matching_pairs", lambda *a: asked.setdefault("pairs", matching_pairs(*a)))
     torch.manual_seed(3)
+    hidden, chosen = system.hide_text(batch["text"].repeat(20, 1), batch["word"].repeat(20, 1))
+    row = int(chosen.view(20, 4, -1).any(2).sum(1).argmax()) * 4                     # a draw that hides words of most texts
+    hidden, chosen = hidden[row:row + 4], chosen[row:row + 4]
+    system.hide_text.forward = lambda text, word: (hidden, chosen)
     losses = system.pairs(batch)
+    guessed = system.word_logits(system.net(batch["image"], hidden).text[chosen])
+    torch.testing.assert_close(losses["words"], F.cross_entropy(guessed, batch["text"][chosen]), msg="words are guessed with the picture")
+    alone = system.word_logits(system.net(text=hidden).text[chosen])
+    assert int(chosen.sum()) > 1 and not torch.allclose(guessed, alone, atol=1e-3)
     (i, fi), (t, ft) = system.both_ways(image=batch["image"]), system.both_ways(text=batch["text"])
     torch.testing.assert_close(losses["contrast"], (info(i, t, system.scale) + info(fi, ft, 1 / 0.07)) / 2)
     torch.testing.assert_close(i, system.encode_image(batch["image"]), rtol=0, atol=1e-5)
