@@ -148,6 +148,16 @@ def test_split_norm_is_batch_norm_of_each_part():
     assert norm.train()(torch.randn(5, 3, 2, 2)).shape == (5, 3, 2, 2)
 
 
+@pytest.mark.parametrize("name", ["tiny", "v1", "paper"])
+def test_every_norm_of_both_encoders_is_split(name):
+    """Shuffled keys hide nothing where statistics are those of the whole batch."""
+    with torch.device("meta"):
+        system = preset_of("moco", name).config.build()
+    for tower in (system.backbone, system.teacher.module["backbone"]):
+        norms = [m for m in tower.modules() if "Norm" in type(m).__name__]
+        assert norms and all(isinstance(m, SplitNorm) and m.groups > 1 for m in norms)
+
+
 def test_v2_changes_head_temperature_views_and_schedule_of_v1_and_nothing_else():
     one, two = (dict(line.split(" = ", 1) if " = " in line else (line, "") for line in preset_of("moco", n).lines()) for n in ("v1", "paper"))
     differ = {k for k in one.keys() | two.keys() if one.get(k) != two.get(k)}
@@ -188,6 +198,7 @@ def test_v3_heads_and_frozen_parts(v3):
     assert "predictor" not in system.teacher.module
     one, two = paper.feed.views
     assert (one.blur, one.solarize, two.blur, two.solarize) == (1.0, 0.0, 0.1, 0.2)
+    assert [v.scale for n in ("v3", "v3_resnet") for v in preset_of("moco", n).feed.views] == [(0.08, 1.0)] * 2 + [(0.2, 1.0)] * 2
 
 
 def test_v3_trains_and_its_patch_projection_stays(v3):

@@ -147,9 +147,11 @@ def v3() -> Preset:
 
 
 def v3_resnet() -> Preset:
-    """ResNet-50, 1000 epochs: LARS, a two-layer projector, a predictor without a norm at its end, tau 1 (Chen et al. 2021, appendix)."""
+    """ResNet-50, 1000 epochs: LARS, a two-layer projector, a predictor without a norm at its end, tau 1, crops of at least a fifth (Chen et al.
+    2021, appendix, and the released arguments)."""
     epoch = 1_281_167 // 4096
     return v3().but(**{
+        "feed.views.0.scale": (0.2, 1.0), "feed.views.1.scale": (0.2, 1.0),
         "config.backbone": ResNet.Config(), "config.projector": Projector.Config(widths=(2048, 4096, 256), last="norm"), "config.temperature": 1.0,
         "config.predictor": Projector.Config(widths=(256, 4096, 256), last="nothing"), "config.teacher.momentum": 0.996,
         "stages.0.trainable": ("*",), "stages.0.steps": 1000 * epoch,
