@@ -192,3 +192,12 @@ def test_what_does_not_fit_is_refused(beit):
     with pytest.raises(UserError):
         masked = masking_of(torch.zeros(1, 16, dtype=torch.bool))
         beit.target(torch.randn(1, 3, 64, 64), masked)
+
+
+def test_paper_jitters_every_picture_and_reads_pixels_from_minus_one_to_one():
+    paper = preset_of("beit", "paper")
+    assert (paper.feed.train_image.jitter, paper.feed.train_image.jitter_by) == (1.0, (0.4, 0.4, 0.4, 0.0))
+    for name in ("paper", "finetune"):
+        image = preset_of("beit", name).feed.image
+        assert image.mean == image.std == (0.5, 0.5, 0.5)
+    assert (paper.config.target.mean, paper.config.target.std) == (paper.feed.image.mean, paper.feed.image.std)

@@ -85,8 +85,8 @@ def finer(base: BeitTower.Config, drop_path: float) -> BeitTower.Config:
 
 
 def preset(size: int, encoder: BeitTower.Config, hidden: int, least: int, target: CodeTarget.Config, start: Start, data: str, scale: float,
-           stage: Stage) -> Preset:
-    view = ViewPlan(size=size, scale=(scale, 1.0), flip=0.5, jitter=0.8, jitter_by=(0.4, 0.4, 0.4, 0.0))
+           jitter: float, stage: Stage) -> Preset:
+    view = ViewPlan(size=size, scale=(scale, 1.0), flip=0.5, jitter=jitter, jitter_by=(0.4, 0.4, 0.4, 0.0))
     return Preset(
         data=data, starts=(start,), stages=(stage,), feed=Feed(image=ImagePlan(size=size, mean=target.mean, std=target.std), train_image=view),
         config=BEiT.Config(encoder=encoder, sampler=BlockMask.Config(hidden=hidden, least=least), hide=FillHidden.Config(),
@@ -101,17 +101,18 @@ def tiny() -> Preset:
     the table of positions, which has to grow from zero, learns faster than the rest."""
     return preset(64, shared_bias(64, 8, 96, 4, 3, 1.0, 0.0), 25, 6,
                   CodeTarget.Config(codec=small_codec(), size=32, mean=MEAN, std=STD, codec_mean=HALF, codec_std=HALF),
-                  Start(into="target.codec", from_="vq_vae", take="codec", preset="small"), "scenes", 0.4, Stage(
+                  Start(into="target.codec", from_="vq_vae", take="codec", preset="small"), "scenes", 0.4, 0.8, Stage(
                       objective=BEiT.losses, trainable=LEARNS, steps=500, batch_size=64,
                       optim=Optim(lr=1.5e-3, weight_decay=0.05, warmup=50, clip=3.0, lr_scale=(("*.relative.table", 20.0),))))
 
 
 def paper() -> Preset:
-    """ViT-B/16 on ImageNet-1k, 800 epochs of batch 2048 (appendix G); codes of DALL-E's tokenizer at 112 px."""
+    """ViT-B/16 on ImageNet-1k, 800 epochs of batch 2048 (appendix G); codes of DALL-E's tokenizer at 112 px. The colours of every picture are
+    jittered, and pixels go to [-1, 1], as released."""
     epoch = 1_281_167 // 2048
-    target = CodeTarget.Config(codec=DVAECodec.Config(encoder=DVAEEncoder.Config(codes=8192), decoder=None), size=112, mean=MEAN, std=STD)
+    target = CodeTarget.Config(codec=DVAECodec.Config(encoder=DVAEEncoder.Config(codes=8192), decoder=None), size=112, mean=HALF, std=HALF)
     return preset(224, shared_bias(224, 16, 768, 12, 12, 0.1, 0.1), 75, 16, target,
-                  Start(into="target.codec.encoder", from_="dalle_dvae", take="codec.encoder", preset="paper"), "imagenet1k", 0.08, Stage(
+                  Start(into="target.codec.encoder", from_="dalle_dvae", take="codec.encoder", preset="paper"), "imagenet1k", 0.08, 1.0, Stage(
                       objective=BEiT.losses, trainable=LEARNS, steps=800 * epoch, batch_size=2048,
                       optim=Optim(lr=1.5e-3, weight_decay=0.05, warmup=10 * epoch, clip=3.0, final=1e-5 / 1.5e-3)))
 
