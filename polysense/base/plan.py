@@ -50,6 +50,12 @@ class AugmentPlan(ViewPlan):
 
 
 @dataclass(frozen=True, kw_only=True)
+class AugmentOnlyPlan(AugmentPlan):
+    """The same with some of the operations alone (Li et al. 2021, ALBEF, section 3.5: none that changes a colour, as texts name colours)."""
+    only: tuple[str, ...]                               # names of data/augment.py
+
+
+@dataclass(frozen=True, kw_only=True)
 class TextPlan(Spec):
     """Which tokeniser, and how long a text may be (start and end tokens included)."""
     kind: str = "bpe"                                   # "bpe": CLIP's lower-cased bytes; "wordpiece": BERT's; "llama", "t5", "roberta": read only
@@ -199,6 +205,12 @@ class Optim(Spec):
 class RisingDecay(Optim):
     """Weight decay that goes from `weight_decay` to `final_decay` on a cosine over the stage (Caron et al. 2021, DINO)."""
     final_decay: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyEnd(Optim):
+    """The schedule ends after a share `over` of the stage, and its last learning rate stays (Ramesh et al. 2021, appendix A.2)."""
+    over: float
 
 
 @dataclass(frozen=True, kw_only=True)

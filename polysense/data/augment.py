@@ -15,7 +15,8 @@ from kornia.color import rgb_to_grayscale
 from kornia.enhance import equalize
 from torch import Tensor
 
-from polysense.base.plan import AugmentPlan
+from polysense.base.errors import UserError
+from polysense.base.plan import AugmentOnlyPlan, AugmentPlan
 
 GREY = 0.5                                              # of what a shifted picture leaves free
 Change = Callable[[Tensor, Tensor, Tensor], Tensor]     # pictures [N,3,S,S], strengths [N] in [0,1], signs [N] -> pictures
@@ -79,13 +80,17 @@ def augmented(plan: AugmentPlan, u: Tensor, image: Tensor) -> Tensor:
     """The plan's operations on image [B,3,S,S] in [0,1], then erasing; u [B,2] uniform, all that a picture's own random numbers come from."""
     if not plan.operations and not plan.erase:
         return image
-    n = plan.operations
+    n, changes = plan.operations, list(OPERATIONS.values())
+    if isinstance(plan, AugmentOnlyPlan):
+        if not plan.only or set(plan.only) - set(OPERATIONS):
+            raise UserError(f"only={plan.only} names no operations of RandAugment", f"they are {', '.join(OPERATIONS)}")
+        changes = [OPERATIONS[name] for name in plan.only]
     own = torch.stack([torch.rand(4 * n + 6, generator=torch.Generator().manual_seed(int(a * 2 ** 24) << 24 | int(b * 2 ** 24)))
                        for a, b in u.double().tolist()])
     for which, how, sign, chance in (numbers.unbind(1) for numbers in own[:, :4 * n].view(len(own), n, 4).unbind(1)):
         strength = ((plan.magnitude + plan.vary * math.sqrt(2) * torch.erfinv((2 * how - 1).clamp(-0.9999, 0.9999))) / 10).clamp(0, 1)
-        number = torch.where(chance < 0.5, (which * len(OPERATIONS)).long(), -1)
-        for k, change in enumerate(OPERATIONS.values()):
+        number = torch.where(chance < 0.5, (which * len(changes)).long(), -1)
+        for k, change in enumerate(changes):
             rows = (number == k).nonzero()[:, 0]
             if len(rows):
                 image = image.index_copy(0, rows, change(image[rows], strength[rows], (sign[rows] < 0.5).float() * 2 - 1))

@@ -2,7 +2,7 @@
 from math import cos, pi
 
 from polysense.base.errors import UserError
-from polysense.base.plan import Optim, RisingDecay
+from polysense.base.plan import EarlyEnd, Optim, RisingDecay
 
 SCHEDULES = ("cosine", "linear", "constant", "step", "rsqrt", "exponential")
 
@@ -13,14 +13,16 @@ def factor(optim: Optim, step: float, steps: int) -> float:
     Warm-up rises linearly and reaches 1 at step `warmup - 1`, never starting at 0. After it, with t running from 0 to 1 over the rest:
     `cosine` is final + (1 - final) (1 + cos(pi t)) / 2 (Loshchilov & Hutter 2017, equation 5), `linear` falls to `final`, `constant` stays,
     `step` is divided by ten at each milestone (a fraction of the whole stage), `rsqrt` is sqrt(w / step), w being at least 1 (Vaswani et al.
-    2017, section 5.3), and not below `final`; `exponential` is final ** t. Raises UserError for an unknown schedule.
+    2017, section 5.3), and not below `final`; `exponential` is final ** t. With EarlyEnd t is 1 from a share of the stage on. Raises UserError
+    for an unknown schedule.
     """
     if optim.schedule not in SCHEDULES:
         raise UserError(f"no schedule {optim.schedule!r}", f"the schedules are {', '.join(SCHEDULES)}")
     warmup = min(optim.warmup, steps)
     if step < warmup:
         return (step + 1) / warmup
-    t = min(1.0, (step - warmup) / max(1, steps - warmup))
+    span = steps * optim.over if isinstance(optim, EarlyEnd) else steps
+    t = min(1.0, (step - warmup) / max(1, span - warmup))
     match optim.schedule:
         case "cosine":
             return optim.final + (1 - optim.final) * (1 + cos(pi * t)) / 2

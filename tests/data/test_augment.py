@@ -2,7 +2,8 @@
 import pytest
 import torch
 
-from polysense.base.plan import AugmentPlan
+from polysense.base.errors import UserError
+from polysense.base.plan import AugmentOnlyPlan, AugmentPlan
 from polysense.data import views
 from polysense.data.augment import OPERATIONS, augmented
 
@@ -63,3 +64,15 @@ def test_a_quarter_is_erased_within_the_published_share_of_the_area():
     assert float((gone > 0).float().mean()) == pytest.approx(0.25, abs=0.06)
     some = gone[gone > 0]
     assert float(some.min()) > 0.01 and float(some.max()) < 0.36 and bool((image == 0.123).all()), "what came in is left alone"
+
+
+def test_operations_can_be_left_out():
+    drawn = views.draw(3, 5, 0, 16)
+    u, image = drawn.u[:, 2 * views.TRIES + 3 + 9:2 * views.TRIES + 3 + 11], torch.rand(16, 3, 8, 8)
+    inverted = augmented(AugmentOnlyPlan(size=8, operations=1, erase=0.0, only=("invert",)), u, image)
+    changed = (inverted != image).flatten(1).any(1)
+    assert 0 < int(changed.sum()) < 16
+    torch.testing.assert_close(inverted, torch.where(changed.view(-1, 1, 1, 1), 1 - image, image))
+    for wrong in ((), ("invert", "blue")):
+        with pytest.raises(UserError, match="RandAugment"):
+            augmented(AugmentOnlyPlan(size=8, only=wrong), u, image)

@@ -86,18 +86,22 @@ def test_three_losses_and_what_each_trains(albef, batch):
         assert {"vision", "text"} <= reached and not reached & set(without), (name, reached)
 
 
-def test_wrong_pictures_carry_gradient(albef, batch):
-    """Negatives are the online image tokens, not the teacher's."""
-    tokens = []
-
-    def keep(module, args, out):
-        out.tokens.retain_grad()
-        tokens.append(out.tokens)
-    albef.vision.register_forward_hook(keep)
+def test_matching_reads_true_pairs_hard_pictures_and_hard_texts_of_the_network_itself(albef, batch):
+    """Negatives are the online image tokens, with gradient, not the teacher's; three pairs for each of the batch."""
+    calls = []
+    albef.fusion.register_forward_hook(lambda m, args, out: calls.append((*args, out)))
     losses = albef.pretrain(batch)
-    seen = tokens[0]
+    (said, image, fused), = [c for c in calls if len(c[0]) == 12]
+    tokens, states = albef.vision(batch["image"]).tokens, albef.text(batch["text"]).tokens
+    which = lambda rows, of: [next(i for i, one in enumerate(of) if torch.allclose(one, row, atol=1e-5)) for row in rows]
+    pictures, texts, own = which(image, tokens), which(said, states), [0, 1, 2, 3]
+    assert pictures[:4] == texts[:4] == texts[4:8] == pictures[8:] == own
+    assert all(a != b for a, b in zip(pictures[4:8] + texts[8:], own + own, strict=True))
+    truth = torch.tensor([1] * 4 + [0] * 8)
+    torch.testing.assert_close(losses["match"], F.cross_entropy(albef.match_head(fused[:, 0]), truth))
+    image.retain_grad()
     losses["match"].backward()
-    assert (seen.grad.flatten(1).abs().sum(1) > 0).all()
+    assert image.grad is not None and (image.grad[4:8].flatten(1).abs().sum(1) > 0).all()
 
 
 def test_contrast_is_against_momentum_features_of_batch_and_queues(albef, batch):
@@ -287,6 +291,15 @@ def test_answers_are_ranked_by_their_likelihood_after_a_first_cut(albef, batch):
     first = albef.answer(torch.ones(4, 1, dtype=torch.long), source, mask)[:, 0].log_softmax(-1)[:, answers[:, 1]]
     for row, kept in zip(first, cut > -torch.inf, strict=True):
         assert row[kept].min() >= row[~kept].max() - 1e-6
+
+
+def test_paper_changes_no_colours_and_questions_stand_on_its_weights():
+    first, second = preset_of("albef", "paper"), preset_of("albef", "paper_vqa")
+    view = first.feed.train_image
+    assert (view.size, view.scale, view.operations, view.magnitude, view.erase) == (256, (0.2, 1.0), 2, 7.0, 0.0)
+    assert not {"color", "contrast", "posterize", "solarize", "solarize_add", "invert"} & set(view.only)
+    assert second.feed.train_image.only == view.only and second.feed.train_image.size == 384
+    assert {s.preset for s in second.starts} == {"paper"} and {s.into for s in second.starts} >= {"vision", "text", "fusion", "words"}
 
 
 def test_without_a_decoder_it_says_so(batch):

@@ -12,6 +12,7 @@ from polysense.base.errors import UserError
 from polysense.base.system import After
 from polysense.objectives.codes import kl_of_use, kl_to_uniform, logit_laplace, map_pixels, relaxed_codes, unmap_pixels
 from polysense.train.fit import fit
+from polysense.train.schedule import factor
 
 recipe = polysense.load("dalle_dvae")
 
@@ -167,3 +168,12 @@ def test_what_is_no_picture_and_no_code_is_refused(dvae, call):
     with pytest.raises(UserError) as caught:
         call(dvae)
     assert "\n" not in str(caught.value)
+
+
+def test_paper_schedules_are_those_of_appendix_a():
+    plan, steps = preset_of("dalle_dvae", "paper"), 3_000_000
+    stage, c = plan.stages[0], plan.config
+    assert (stage.steps, stage.batch_size, stage.ema, stage.optim.weight_decay) == (steps, 512, 0.999, 1e-4)
+    assert (c.cool * steps, c.rise * steps) == pytest.approx((150_000, 5000))
+    rate = [stage.optim.lr * factor(stage.optim, at, steps) for at in (0, 600_000, 1_200_000, steps)]
+    assert rate == pytest.approx([1e-4, (1e-4 + 1.25e-6) / 2, 1.25e-6, 1.25e-6])

@@ -2,7 +2,7 @@
 import pytest
 
 from polysense.base.errors import UserError
-from polysense.base.plan import Optim
+from polysense.base.plan import EarlyEnd, Optim
 from polysense.train.schedule import SCHEDULES, factor
 
 
@@ -28,3 +28,8 @@ def test_warm_up_never_starts_at_zero_and_reaches_one(schedule):
 def test_an_unknown_schedule_is_refused():
     with pytest.raises(UserError, match="no schedule 'cosin'"):
         values(schedule="cosin")
+
+
+def test_a_schedule_may_end_before_its_stage():
+    early = EarlyEnd(lr=1.0, final=0.2, schedule="linear", over=0.5)
+    assert [factor(early, s, 8) for s in range(9)] == pytest.approx([1, 0.8, 0.6, 0.4, 0.2, 0.2, 0.2, 0.2, 0.2])

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from polysense.archetypes.fusion_encoder import FusionEncoder, Net
 from polysense.base.card import Card
 from polysense.base.errors import UserError
+from polysense.base.plan import AugmentOnlyPlan
 from polysense.base.system import After, Batch, Feed, ImagePlan, Losses, Optim, Preset, Spec, Stage, Start, TextPlan, ViewPlan, final
 from polysense.decoders.caption import CaptionDecoder
 from polysense.decoders.words import WordHead
@@ -229,12 +230,22 @@ def tiny() -> Preset:
     return base.but(config=answering(base.config), stages=(*base.stages, reply))
 
 
+def pretrained(preset: str) -> tuple[Start, ...]:
+    """The weights of a preset of the first stage."""
+    return tuple(Start(into=n, from_="albef", take=n, preset=preset) for n in (
+        "vision", "text", "fusion", "image_head", "text_head", "match_head", "words"))
+
+
 def vqa() -> Preset:
     """Questions alone, on the weights of `captions`: `polysense train albef --preset vqa --data daquar`."""
     base = tiny()
-    return base.but(stages=base.stages[1:], data="daquar",
-                    starts=tuple(Start(into=n, from_="albef", take=n, preset="captions") for n in (
-                        "vision", "text", "fusion", "image_head", "text_head", "match_head", "words")))
+    return base.but(stages=base.stages[1:], data="daquar", starts=pretrained("captions"))
+
+
+def view(size: int, least: float) -> AugmentOnlyPlan:
+    """RandAugment without changes of colour (section 3.5): two operations of magnitude 7, as released."""
+    return AugmentOnlyPlan(size=size, scale=(least, 1.0), flip=0.5, operations=2, magnitude=7.0, vary=0.0, erase=0.0, only=(
+        "autocontrast", "equalize", "brightness", "sharpness", "shear_x", "shear_y", "translate_x", "translate_y", "rotate"))
 
 
 def paper() -> Preset:
@@ -243,7 +254,7 @@ def paper() -> Preset:
     vision = ViT.Config(image_size=256, patch=16, body=Transformer.Config(width=768, depth=12, heads=12, norm=norm, block=PreNorm.Config(norm=norm)))
     return Preset(
         data="coco_captions+vg+cc3m+sbu+cc12m",
-        feed=Feed(image=ImagePlan(size=256, fit="squash"), train_image=ViewPlan(size=256, scale=(0.5, 1.0), flip=0.5),
+        feed=Feed(image=ImagePlan(size=256, fit="squash"), train_image=view(256, 0.2),
                   text=TextPlan(kind="wordpiece", vocab=30522, length=30)),
         config=config(vision, bert(30522, 512, 768, 6, 12, dropout=0.1), 6, 256, mask=103, special=(0, 101, 102), queue=65_536, ramp=epoch),
         stages=(Stage(name="pretrain", objective=ALBEF.pretrain, trainable=PRETRAINED, steps=30 * epoch, batch_size=512,
@@ -252,7 +263,7 @@ def paper() -> Preset:
 
 def paper_vqa() -> Preset:
     """The answer decoder on VQA 2.0 at 384 px, 8 epochs of batch 256 (appendix B)."""
-    base = paper().but(**{"config.vision.image_size": 384, "feed.image.size": 384, "feed.train_image.size": 384})
+    base = paper().but(**{"config.vision.image_size": 384, "feed.image.size": 384, "feed.train_image": view(384, 0.5)})
     stage = Stage(name="reply", objective=ALBEF.reply, trainable=ANSWERING, steps=8 * 1_000_000 // 256, batch_size=256,
                   optim=Optim(lr=2e-5, weight_decay=0.02, final=0.05))
-    return base.but(config=answering(base.config), data="vqa", stages=(stage,))
+    return base.but(config=answering(base.config), data="vqa", stages=(stage,), starts=pretrained("paper"))

@@ -19,7 +19,7 @@ from polysense.archetypes.token_generator import TokenGenerator
 from polysense.base.card import Card
 from polysense.base.errors import UserError
 from polysense.base.plan import DropoutPlan
-from polysense.base.system import Batch, Feed, ImagePlan, Losses, Optim, Preset, Spec, Stage, Start, TextPlan, ViewPlan, final
+from polysense.base.system import Batch, Feed, ImagePlan, Losses, Optim, Preset, SidesPlan, Spec, Stage, Start, TextPlan, ViewPlan, final
 from polysense.decoders.dvae import DVAECodec, DVAEDecoder, DVAEEncoder
 from polysense.decoders.vq_codec import small_codec
 from polysense.mechanisms.scorer import Scorer
@@ -141,10 +141,11 @@ def ranked() -> Preset:
 def paper() -> Preset:
     """12 billion parameters on 250M pairs: 64 layers, 62 heads of 64 (section 2.4, appendix B); a caption of 256 tokens, 32x32 codes of 8192.
 
-    Candidates are ranked outside: the paper's CLIP reads other tokens.
+    Candidates are ranked outside: the paper's CLIP reads other tokens. There the learning rate was halved five times by hand; a cosine falls as far.
     """
     config = DALLE.Config(codec=dvae(8192, 256, 4, 2, 128), body=body(3968, 64, 62, 256, 32), text_vocab=16_384, text_length=256, side=32)
     stage_1 = Start(into="codec", from_="dalle_dvae", take="codec", preset="paper")
     return preset(256, config, DropoutPlan(vocab=16_384, length=256, dropout=DROPOUT), (stage_1,), "laion",
-                  Stage(objective=DALLE.losses, trainable=LEARNS, steps=430_000, batch_size=1024,
-                        optim=Optim(lr=4.5e-4, betas=(0.9, 0.96), weight_decay=4.5e-2, clip=4.0, warmup=5000)))
+                  Stage(objective=DALLE.losses, trainable=LEARNS, steps=430_000, batch_size=1024, optim=Optim(
+                      lr=4.5e-4, betas=(0.9, 0.96), weight_decay=4.5e-2, clip=4.0, warmup=5000, final=1 / 32))).but(**{
+                          "feed.train_image": SidesPlan(size=256, sides=(256, 288))})

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from polysense.archetypes.image_codec import ImageCodec
 from polysense.base.card import Card
-from polysense.base.system import After, Batch, Feed, ImagePlan, Losses, Optim, Preset, Stage, ViewPlan, final
+from polysense.base.plan import EarlyEnd
+from polysense.base.system import After, Batch, Feed, ImagePlan, Losses, Optim, Preset, SidesPlan, Stage, ViewPlan, final
 from polysense.decoders.dvae import DVAECodec, DVAEDecoder, DVAEEncoder
 from polysense.objectives.codes import kl_of_use, kl_to_uniform, logit_laplace, map_pixels, relaxed_codes
 from polysense.weights import dvae_dalle
@@ -105,11 +106,11 @@ def small() -> Preset:
 
 
 def paper() -> Preset:
-    """256 px to 32x32 codes of 8192, 3M updates of batch 512 (appendix A.2); temperature over 150k updates, beta over 5k."""
-    return plan(256, ViewPlan(size=256, scale=(0.5, 1.0), flip=0.5), "laion", DiscreteVAE.Config(
+    """256 px to 32x32 codes of 8192, 3M updates of batch 512 (appendix A.2); temperature over 150k updates, beta over 5k, learning rate over 1.2M."""
+    return plan(256, SidesPlan(size=256, sides=(288, 384), flip=0.5), "laion", DiscreteVAE.Config(
         codec=codec(8192, 256, 4, 2, 128), cool=150 / 3000, rise=5 / 3000), Stage(
             objective=DiscreteVAE.losses, steps=3_000_000, batch_size=512, ema=0.999,
-            optim=Optim(lr=1e-4, weight_decay=1e-4, final=1.25e-6 / 1e-4)))
+            optim=EarlyEnd(lr=1e-4, weight_decay=1e-4, final=1.25e-6 / 1e-4, over=1.2 / 3)))
 
 
 def tokenizer() -> Preset:
