@@ -41,7 +41,8 @@ class PerceiverResampler(Part):
     """Learned latents that look at the features of a picture or a video, layer by layer: always R tokens (Alayrac et al. 2022, section 3.1.1).
 
     Each frame's features get that frame's learned time embedding; there are no spatial positions, so the order of features within a frame
-    means nothing. More frames than trained are read with interpolated time embeddings. Names: `latents time layers.{i} norm`.
+    means nothing. More frames than trained are read with interpolated time embeddings. No weight decays (appendix B.1.2). Names: `latents time
+    layers.{i} norm`.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,7 @@ class PerceiverResampler(Part):
         self.time = nn.Parameter(torch.randn(c.frames, c.width)) if c.frames else None
         self.layers: Any = nn.ModuleList(build(c.layer, width=c.width, heads=c.heads) for _ in range(c.depth))
         self.norm, self.width = LayerNorm.Config(width=c.width).build(), c.width
+        self.undecayed = tuple(name for name, _ in self.named_parameters())
 
     def forward(self, features: Tensor) -> Tensor:
         """features [B,S,D] of pictures or [B,T,S,D] of videos -> [B,R,D]. Raises UserError for another width or for frames without embeddings."""

@@ -299,3 +299,17 @@ def test_flan_t5_xl_has_its_published_size():
     with torch.device("meta"):
         system = preset_of("blip2", "paper_t5").config.build()
     assert sum(p.numel() for p in system.language.parameters()) == 2_849_757_184, "google/flan-t5-xl"
+
+
+def test_matching_reads_true_pairs_hard_pictures_and_hard_texts(blip2, batch, monkeypatch):
+    blip2.eval()
+    calls, judge = [], type(blip2).match_logits
+    monkeypatch.setattr(type(blip2), "match_logits", lambda self, seen, text: (calls.append((seen, text)), judge(self, seen, text))[1])
+    losses = blip2.align(batch)
+    (seen, text), = calls
+    tokens = blip2.see(batch["image"])
+    which = lambda rows, of: [next(i for i, one in enumerate(of) if torch.equal(one, row)) for row in rows]
+    pictures, texts, own = which(seen, tokens), which(text, batch["text"]), [0, 1, 2, 3]
+    assert pictures[:4] == texts[:4] == texts[4:8] == pictures[8:] == own
+    assert all(a != b for a, b in zip(pictures[4:8] + texts[8:], own + own, strict=True))
+    torch.testing.assert_close(losses["match"], F.cross_entropy(judge(blip2, seen, text), torch.tensor([1] * 4 + [0] * 8)))

@@ -12,6 +12,7 @@ from polysense.nn.attention import Attention
 from polysense.objectives.language import labels_of
 from polysense.towers.decoding import Beam
 from polysense.train.fit import fit
+from polysense.train.optim import undecayed
 
 recipe = polysense.load("flamingo")
 LANGUAGE = recipe.looking_llama(vocab=1008, length=96, width=32, depth=3, heads=2, hidden=48, source=192, every=2)
@@ -154,7 +155,18 @@ def test_terms_of_several_data_sets_are_added_in_one_step(flamingo, batch):
     losses = flamingo.speak(batch)
     assert set(losses) == {"interleaved", "pairs"} and dict(SMALL.stages[-1].weights) == {"interleaved": 1.0, "pairs": 0.2}
     video = {k: v for k, v in batch.items() if k != "image"} | {"video": torch.randn(3, 4, 3, 64, 64)}
-    assert set(flamingo.speak(video)) == {"interleaved", "videos"}
+    seen = flamingo.speak(video)
+    assert set(seen) == {"interleaved", "videos"}
+    weights = [dict(preset_of("flamingo", name).stages[0].weights) for name in ("paper", "paper_videos")]
+    assert weights == [{"interleaved": 1.0, "pairs": 0.2}, {"interleaved": 1.0, "videos": 0.03}]
+    torch.testing.assert_close(seen.total(weights[1].items()), seen["interleaved"] + 0.03 * seen["videos"])
+
+
+def test_everything_decays_but_the_resampler(flamingo):
+    free = undecayed(flamingo)
+    new = {n for n, p in flamingo.named_parameters() if p.ndim > 1 and (n.startswith("resampler.") or ".look." in n)}
+    assert {n for n in new if n in free} == {n for n in new if n.startswith("resampler.")}
+    assert preset_of("flamingo", "paper").stages[0].optim.weight_decay == 0.1
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from polysense.base.card import Card
 from polysense.base.errors import UserError
-from polysense.base.system import Batch, EpisodePlan, Feed, ImagePlan, Losses, Optim, Preset, Spec, Stage, Start, System, final
+from polysense.base.system import Batch, EpisodePlan, Feed, ImagePlan, Losses, Optim, Preset, Spec, Stage, Start, System, VideoPlan, final
 from polysense.connectors.gated_cross_attention import GatedBlock, GatedCrossAttention
 from polysense.connectors.perceiver_resampler import PerceiverResampler, ResamplerLayer
 from polysense.nn.attention import Attention
@@ -176,7 +176,8 @@ def tiny() -> Preset:
 
 
 def paper() -> Preset:
-    """Flamingo-3B: gated layers before every block; 320 px, M3W pages of at most 5 pictures and 256 tokens; constant lr, 500,000 steps (table 3)."""
+    """Flamingo-3B: gated layers before every block, M3W pages of at most 5 pictures and 256 tokens, constant lr, 500,000 steps (table 3). Pictures
+    are of 224 px, as CLIP reads them, in place of the 320 of the paper's tower."""
     body = Transformer.Config(width=1024, depth=24, heads=16, block=PreNorm.Config(attn=Attention.Config(), mlp=MLP.Config(act="quick_gelu")))
     eye = ViT.Config(image_size=224, patch=14, body=body, patch_bias="", norm_pre=LayerNorm.Config(), dense="values", std=None)
     language = looking_llama(vocab=32064, length=2048, width=2048, depth=24, heads=16, hidden=5504, source=1024, every=1)
@@ -187,3 +188,8 @@ def paper() -> Preset:
         feed=Feed(image=ImagePlan(size=224), text=EpisodePlan(kind="llama", vocab=32000, length=256, image=32000, shots=5, p_next=0.5)),
         stages=(Stage(name="speak", objective=Flamingo.speak, trainable=NEW, weights=(("interleaved", 1.0), ("pairs", 0.2)), steps=500_000,
                       batch_size=64, optim=Optim(lr=1e-4, weight_decay=0.1, warmup=5000, schedule="constant", clip=1.0)),))
+
+
+def paper_videos() -> Preset:
+    """`paper` where captioned videos, 8 frames of each, stand in place of captioned pictures: their term counts 0.03 (section 2.4)."""
+    return paper().but(data="m3w+vtp", **{"feed.video": VideoPlan(frames=8), "stages.0.weights": (("interleaved", 1.0), ("videos", 0.03))})
