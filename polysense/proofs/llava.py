@@ -5,8 +5,8 @@ the language model reads captions and conversations without pictures, then LLaVA
 and as long as both stages together; the language model without pictures; and LLaVA shown the pictures of other questions. Sizes are a first
 guess, made on the validation split.
 
-As filed, it missed, in an earlier form of this proof. A likely reason, not yet proven: the language model had read neither captions nor anything
-in a picture's place, so that aligning had nothing to connect to. It reads both now; in this form the proof has not been filed.
+As filed, it beats the language model without pictures and the pictures of other questions clearly, a second stage of its own length by a little,
+and misses one of the four: a second stage as long as both. What aligning adds at this size is no more than as many steps of conversation would.
 """
 from polysense.data import source
 from polysense.data.sources import Source, Subset
