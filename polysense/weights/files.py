@@ -5,11 +5,13 @@ import pickle
 import re
 import secrets
 import shutil
+import zipfile
 from argparse import Namespace
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
@@ -19,6 +21,8 @@ from polysense.base.errors import UserError
 from polysense.weights.torchscript import is_torchscript, read_torchscript
 
 PICKLES = (".pt", ".pth", ".pyth", ".bin", ".ckpt", ".tar")
+ARRAYS = ".npz"                              # of flax; the steps of a name are parted by / there and by . here
+KINDS = (".safetensors", ARRAYS, *PICKLES)
 PREFERRED = ("model.safetensors", "model.safetensors.index.json", "open_clip_model.safetensors", "open_clip_pytorch_model.bin",
              "pytorch_model.bin", "pytorch_model.bin.index.json")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
@@ -35,10 +39,10 @@ def find_weights(place: Path, first: str = "") -> Path:
     for name in (first, *PREFERRED):
         if name and (place / name).is_file():
             return place / name
-    found = sorted(p for p in place.iterdir() if p.suffix in (".safetensors", *PICKLES))
+    found = sorted(p for p in place.iterdir() if p.suffix in KINDS)
     if len(found) != 1:
         raise UserError(f"{place} holds {'no weights' if not found else 'several weights: ' + ', '.join(p.name for p in found[:4])}",
-                        "give a folder with model.safetensors, or one file (.safetensors, .pt, .pth or .bin)")
+                        "give a folder with model.safetensors, or one file (.safetensors, .npz, .pt, .pth or .bin)")
     return found[0]
 
 
@@ -54,7 +58,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """Name -> tensor of a .safetensors file, its index of shards, or a pickled state (.pt, .pth, .bin, .ckpt), on the CPU.
+    """Name -> tensor of a .safetensors file, its index of shards, arrays (.npz), or a pickled state (.pt, .pth, .bin, .ckpt), on the CPU.
 
     Pickles are read with `weights_only=True`, TorchScript archives without their code (see `read_torchscript`); training wrappers
     (`state_dict`, `model`) and the `module.` of data parallelism are taken off. Raises UserError for an empty, damaged or foreign file and
@@ -79,9 +83,27 @@ def read_state(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         except SafetensorError as error:
             raise UserError(f"{path.name} is damaged or cut short ({error})", "fetch it again") from error
+    if path.suffix == ARRAYS:
+        return _read_arrays(path)
     if path.suffix not in PICKLES:
-        raise UserError(f"{path.name} is not a kind of weights file known here", f"the kinds are .safetensors, {', '.join(PICKLES)}")
+        raise UserError(f"{path.name} is not a kind of weights file known here", f"the kinds are {', '.join(KINDS)}")
     return _bare(read_torchscript(path) if is_torchscript(path) else _read_pickle(path), path)
+
+
+def _read_arrays(path: Path) -> dict[str, Tensor]:
+    try:
+        with np.load(path, allow_pickle=False) as held:
+            out = {name.replace("/", "."): torch.from_numpy(held[name]) for name in held.files}  # pyright: ignore[reportUnknownMemberType]
+    except (ValueError, TypeError, OSError, EOFError, KeyError, AttributeError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path.name} is damaged, cut short, or holds something else than numbers", "fetch it again") from error
+    if not out:
+        raise UserError(f"{path.name} holds no tensors by name", "it should be a file of named arrays")
+    return out
+
+
+def _write_arrays(path: Path, state: dict[str, Tensor]) -> None:
+    with path.open("wb") as file:
+        np.savez(file, **{name.replace(".", "/"): value.numpy() for name, value in state.items()})  # type: ignore[arg-type]
 
 
 def _read_pickle(path: Path) -> Any:
@@ -126,10 +148,12 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_state(path: Path, state: dict[str, Tensor]) -> None:
-    """A .safetensors file, or a pickle of the bare tensors where the name ends in .pt (what OpenAI's loader reads)."""
+    """A .safetensors file, a pickle of the bare tensors where the name ends in .pt (what OpenAI's loader reads), or arrays where it ends in .npz."""
     # a copy each: views of one storage (a split qkv) may not be written as they are
     bare = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in state.items()}
-    if path.suffix in PICKLES:
+    if path.suffix == ARRAYS:
+        _replace(path, lambda p: _write_arrays(p, bare))
+    elif path.suffix in PICKLES:
         _replace(path, lambda p: torch.save(bare, p))
     else:
         _replace(path, lambda p: save_file(bare, p, metadata={"format": "pt"}))

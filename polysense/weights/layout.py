@@ -6,7 +6,7 @@ from typing import Any
 
 from polysense.base.errors import UserError
 from polysense.base.plan import Feed
-from polysense.weights.files import HUB_ID, PICKLES, download, find_weights, read_json, read_state, write_files, write_state
+from polysense.weights.files import HUB_ID, KINDS, download, find_weights, read_json, read_state, write_files, write_state
 from polysense.weights.keymap import KeyMap, State
 from polysense.weights.signs import bears, hint
 
@@ -41,7 +41,7 @@ def read_checkpoint(path: str | Path, layout: Layout) -> tuple[dict[str, Any], S
     """
     place = Path(path)
     if not place.exists():
-        if not HUB_ID.fullmatch(str(path)) or place.suffix in (".safetensors", *PICKLES):
+        if not HUB_ID.fullmatch(str(path)) or place.suffix in KINDS:
             raise UserError(f"no checkpoint at {str(path)!r}", "give a folder, a weights file, or a hub id such as owner/name")
         place = download(str(path))
     if layout.folders:
@@ -85,7 +85,7 @@ def write_checkpoint(path: str | Path, config: dict[str, Any], state: State, lay
     without configuration).
     """
     place = Path(path)
-    if place.suffix in (".safetensors", *PICKLES):
+    if place.suffix in KINDS:
         if layout.config_file:
             raise UserError(f"the layout {layout.name!r} needs {layout.config_file} beside its weights", "give a folder, not a file")
         place.parent.mkdir(parents=True, exist_ok=True)

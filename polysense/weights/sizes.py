@@ -1,4 +1,5 @@
 """Between their configurations and ours: the sizes that every transformer and image layout shares. Works on values, imports no tower."""
+import re
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -75,6 +76,11 @@ def count(state: State, prefix: str) -> int:
     """How many numbered children (`prefix.0`, `prefix.1`, ...) there are."""
     numbers = {k[len(prefix) + 1:].split(".", 1)[0] for k in state if k.startswith(f"{prefix}.")}
     return sum(n.isdigit() for n in numbers)
+
+
+def count_named(state: State, pattern: str) -> int:
+    """How many keys there are of a regular expression."""
+    return sum(re.fullmatch(pattern, k) is not None for k in state)
 
 
 def side(positions: int, prefix: int = 1) -> int:

@@ -175,9 +175,9 @@ def test_places_without_a_checkpoint(tmp_path, published, monkeypatch):
         (tmp_path / name).write_bytes(b"x")
     with pytest.raises(UserError, match=r"several weights: a\.pt, b\.pt"):
         read_checkpoint(tmp_path, HF)
-    (tmp_path / "w.npz").write_bytes(b"x")
+    (tmp_path / "w.onnx").write_bytes(b"x")
     with pytest.raises(UserError, match="not a kind of weights file"):
-        read_checkpoint(tmp_path / "w.npz", HF)
+        read_checkpoint(tmp_path / "w.onnx", HF)
 
     import huggingface_hub
 

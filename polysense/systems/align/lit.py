@@ -19,6 +19,7 @@ from polysense.nn.residual import Basic, Stem
 from polysense.towers.bert import Bert
 from polysense.towers.resnet import ResNet
 from polysense.towers.shapes import bert, plain_vit
+from polysense.weights import lit_official
 
 card = Card(
     name="LiT", paper="Zhai et al., LiT: Zero-Shot Transfer with Locked-image text Tuning, CVPR 2022",
@@ -27,6 +28,8 @@ card = Card(
 )
 
 PARAMETERS = 638_440_000                     # LiT-L16L is published as 638.44M: ViT-L/16 without a head, BERT-large without pooler, a dense text head
+
+weights = {"official": lit_official.LAYOUT}
 
 
 @final

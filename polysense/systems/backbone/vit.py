@@ -18,7 +18,7 @@ from polysense.nn.norm import LayerNorm
 from polysense.nn.transformer import Transformer
 from polysense.objectives.classify import softmax_ce
 from polysense.towers.vit import ViT
-from polysense.weights import vit_hf, vit_timm
+from polysense.weights import vit_hf, vit_jax, vit_timm
 
 card = Card(
     name="ViT", paper="Dosovitskiy et al., An Image is Worth 16x16 Words: Transformers for Image Recognition at Scale, ICLR 2021",
@@ -28,7 +28,7 @@ card = Card(
 
 PARAMETERS = 103_186_515                     # ViT-B/16 with its tanh layer and 21,843-class head (102,595,923 without the layer)
 
-weights = {"timm": vit_timm.LAYOUT, "hf": vit_hf.LAYOUT}
+weights = {"timm": vit_timm.LAYOUT, "hf": vit_hf.LAYOUT, "jax": vit_jax.LAYOUT}
 
 
 @final
