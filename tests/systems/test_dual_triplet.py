@@ -88,6 +88,28 @@ def test_a_joint_permutation_changes_nothing():
 def test_no_semi_hard_negative_costs_nothing():
     image, text = torch.eye(3), torch.eye(3).roll(1, 0)                # every negative is either much nearer or as far
     assert hinge(image, text, 0.1, "semi_hard", torch.arange(3)).item() == 0 < hinge(image, text, 0.1, "hardest", torch.arange(3)).item()
+    torch.testing.assert_close(hinge(image, text, 0.1, "semi_hard", torch.arange(3), "hardest"), hinge(image, text, 0.1, "hardest", torch.arange(3)))
+
+
+def test_an_anchor_with_a_semi_hard_negative_does_not_fall_back_and_the_system_does_as_configured():
+    """Anchor 0 has a negative nearer than its positive (which costs more) and one within the band; the others have none in it."""
+    image, text = torch.eye(3, 4), F.normalize(torch.tensor([[0.8, 0, 0, 0.6], [0.9, 0.43589, 0, 0], [0.7, 0, 0.71414, 0]]), dim=1)
+    owner = torch.arange(3)
+    first = 0.2 + 0.7 - 0.8                              # the third text, further than the positive by less than the margin; the second is nearer
+    similar = image @ text.T
+
+    def pays(s, policy):
+        cost, positive = (0.2 + s - s.diagonal()[:, None]).relu().fill_diagonal_(0), s.diagonal()[:, None]
+        band = (s < positive) & (s > positive - 0.2) & ~torch.eye(3, dtype=torch.bool)
+        return torch.where(band.any(1), (cost * band).amax(1), cost.amax(1) if policy == "hardest" else 0.0)
+    assert pays(similar, "hardest")[0].item() == pytest.approx(first, abs=1e-4)
+    for fallback in ("none", "hardest"):
+        want = float((pays(similar, fallback) + pays(similar.T, fallback)).mean())
+        assert hinge(image, text, 0.2, "semi_hard", owner, fallback).item() == pytest.approx(want, abs=1e-5), fallback
+        system = preset_of("dual_triplet").config.but(policy="semi_hard", fallback=fallback).build()
+        assert system.tell_apart({"image": image, "text": text, "owner": owner})["hinge"].item() == pytest.approx(want, abs=1e-5)
+    with pytest.raises(UserError, match="fallback='easiest'"):
+        preset_of("dual_triplet").config.but(fallback="easiest").build()
 
 
 def test_the_hardest_begin_after_a_warm_up_with_the_sum():

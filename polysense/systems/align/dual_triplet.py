@@ -16,7 +16,7 @@ from polysense.base.errors import UserError
 from polysense.base.system import Batch, Feed, ImagePlan, Losses, Optim, Preset, Stage, Start, TextPlan, ViewPlan, final
 from polysense.nn.head import LinearBias, Nothing
 from polysense.nn.residual import Basic, Bottleneck, Stem
-from polysense.objectives.triplet import POLICIES, hinge
+from polysense.objectives.triplet import FALLBACKS, POLICIES, hinge
 from polysense.towers.gru_text import GruText
 from polysense.towers.resnet import ResNet
 from polysense.weights import vsepp_official
@@ -38,12 +38,14 @@ class DualTriplet(DualEncoder):
     class Config(DualEncoder.Config):
         margin: float = 0.2
         policy: str = "hardest"              # of the second stage: sum, hardest, semi_hard or random
+        fallback: str = "none"               # of an anchor without a semi-hard negative: it pays nothing, or for the "hardest"
 
     def __init__(self, c: Config):
         super().__init__(c)
-        if c.policy not in POLICIES:
-            raise UserError(f"policy={c.policy!r} chooses no negatives", f"it is one of {', '.join(POLICIES)}")
-        self.margin, self.policy = c.margin, c.policy
+        if c.policy not in POLICIES or c.fallback not in FALLBACKS:
+            raise UserError(f"policy={c.policy!r}, fallback={c.fallback!r} chooses no negatives",
+                            f"the policy is one of {', '.join(POLICIES)}, the fallback {' or '.join(FALLBACKS)}")
+        self.margin, self.policy, self.fallback = c.margin, c.policy, c.fallback
 
     def embed_owned(self, batch: Batch) -> dict[str, Tensor]:
         """As `embed`, and which picture each sample is of."""
@@ -53,7 +55,7 @@ class DualTriplet(DualEncoder):
         return Losses(hinge=hinge(seen["image"], seen["text"], self.margin, "sum", seen["owner"]))
 
     def tell_apart(self, seen: dict[str, Tensor]) -> Losses:
-        return Losses(hinge=hinge(seen["image"], seen["text"], self.margin, self.policy, seen["owner"]))
+        return Losses(hinge=hinge(seen["image"], seen["text"], self.margin, self.policy, seen["owner"], self.fallback))
 
 
 TOWERS = ("vision.*", "text.*", "image_head.*")                     # a hinge has no temperature
