@@ -21,6 +21,35 @@ def test_one_label_is_softmax_and_many_are_sigmoid_cross_entropy():
     torch.testing.assert_close(system.tag_losses(batch)["tags"], F.binary_cross_entropy_with_logits(logits, batch["tags"]) * 3)
 
 
+def test_larger_tasks_learn_from_mixtures_of_two_pictures():
+    torch.manual_seed(0)
+    system, heard = preset_of("supervised").config.but(**{"head.out": 3}).build(), []
+    system.backbone.register_forward_pre_hook(lambda m, args: heard.append(args[0]))
+    system.register_forward_hook(lambda m, args, out: heard.append(out))
+    image, label = torch.stack([torch.zeros(3, 32, 32), torch.ones(3, 32, 32)]), torch.tensor([2, 0])
+    shares = []
+    for _ in range(12):
+        heard.clear()
+        loss = system.mixed_losses({"image": image, "label": label})["label"]
+        (mixed, logits), share = heard, float(1 - heard[0][0, 0, 0, 0])                      # how much of the first, black, is left of it
+        torch.testing.assert_close(mixed[1], torch.full((3, 32, 32), share), msg="one share a batch")
+        each = [F.cross_entropy(logits[i:i + 1], label[[i]]) * share + F.cross_entropy(logits[i:i + 1], label[[1 - i]]) * (1 - share) for i in (0, 1)]
+        torch.testing.assert_close(loss, torch.stack(each).mean())
+        shares.append(share)
+    assert any(0 < s < 1 for s in shares), "something was mixed"
+
+
+def test_one_rule_for_all_transfers():
+    steps = {"transfer": (500, recipe.Supervised.losses), "transfer_medium": (10_000, recipe.Supervised.mixed_losses),
+             "transfer_large": (20_000, recipe.Supervised.mixed_losses)}
+    for name, (many, objective) in steps.items():
+        preset = preset_of("supervised", name)
+        stage, start = preset.stages[0], preset.starts[0]
+        assert (stage.steps, stage.objective, stage.batch_size, stage.optim.lr, stage.optim.weight_decay) == (many, objective, 512, 0.003, 0.0)
+        assert preset.config.backbone == preset_of("supervised", start.preset).config.backbone and preset.config.head.std == 0
+    assert recipe.MIXED == 0.1
+
+
 def test_the_head_of_a_transfer_starts_at_zero():
     for name in ("finetune", "linear"):
         assert torch.equal(preset_of("supervised", name).config.build().classify(torch.randn(2, 3, 64, 64)), torch.zeros(2, 10))

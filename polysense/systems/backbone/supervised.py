@@ -7,16 +7,17 @@ Pre-training is softmax cross-entropy over one label (`losses`) or sigmoid cross
     k-NN, few-shot cosine votes, ridge regression in closed form       (`polysense exam RUN knn_probe`, `few_shot`)
 
 The paper's configuration is BiT-M (Kolesnikov et al.): a pre-activation ResNet with group norm and standardised weights, which transfers by
-SGD whatever the batch size.
+SGD whatever the batch size, with one rule for all tasks (`transfer`, `transfer_medium`, `transfer_large`: 500, 10,000 or 20,000 steps).
 """
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from polysense.archetypes.classifier import Classifier
 from polysense.base.card import Card
-from polysense.base.system import Batch, Feed, ImagePlan, Losses, Optim, Preset, Spec, Stage, Start, ViewPlan, final
+from polysense.base.system import Batch, Feed, ImagePlan, Losses, Optim, Preset, SidesPlan, Spec, Stage, Start, ViewPlan, final
 from polysense.nn.head import LinearBias
 from polysense.nn.residual import Basic, Stem
-from polysense.objectives.classify import sigmoid_ce, softmax_ce
+from polysense.objectives.classify import mixup, sigmoid_ce, softmax_ce
 from polysense.towers.bit import Bit
 from polysense.towers.resnet import ResNet
 from polysense.weights import bit
@@ -45,11 +46,17 @@ class Supervised(Classifier):
     def losses(self, batch: Batch) -> Losses:
         return Losses(label=softmax_ce(self.classify(batch["image"]), batch["label"], self.smoothing))
 
+    def mixed_losses(self, batch: Batch) -> Losses:
+        """Of mixtures of two pictures each (mixup; BiT-HyperRule, section 3.3, for all but small tasks)."""
+        image, target = mixup(batch["image"], batch["label"], self.head.out_features, MIXED)  # type: ignore[arg-type]
+        return Losses(label=softmax_ce(self.classify(image), target, self.smoothing))
+
     def tag_losses(self, batch: Batch) -> Losses:
         return Losses(tags=sigmoid_ce(self.classify(batch["image"]), batch["tags"]))
 
 
 HALF = (0.5, 0.5, 0.5)
+MIXED = 0.1                                  # alpha
 
 
 def tower() -> ResNet.Config:
@@ -89,3 +96,30 @@ def paper() -> Preset:
         stages=(Stage(objective=Supervised.losses, steps=90 * epoch, batch_size=4096, optim=Optim(
             name="sgd", lr=0.03 * 4096 / 256, momentum=0.9, weight_decay=1e-4, warmup=5000, schedule="step",
             milestones=(30 / 90, 60 / 90, 80 / 90))),))
+
+
+def _rule(data: str, classes: int, steps: int, size: int, sides: int, objective: Callable[..., Losses]) -> Preset:
+    """BiT-HyperRule (section 3.3): SGD at 0.003, batch 512, no weight decay, tenfold drops; what changes with the task is how long and how large."""
+    base = paper()
+    return base.but(
+        data=data, starts=(Start(into="backbone", from_="supervised", take="backbone", preset="paper"),),
+        config=base.config.but(head=LinearBias.Config(into=6144, out=classes, std=0.0)),
+        feed=Feed(image=ImagePlan(size=size, fit="squash", resample="bilinear", mean=HALF, std=HALF),
+                  train_image=SidesPlan(size=size, sides=(sides, sides), flip=0.5)),
+        stages=(Stage(objective=objective, steps=steps, batch_size=512, optim=Optim(
+            name="sgd", lr=0.003, momentum=0.9, schedule="step", milestones=(0.3, 0.6, 0.9))),))
+
+
+def transfer() -> Preset:
+    """Fewer than 20,000 labelled pictures, such as Oxford's pets: 500 steps, nothing mixed."""
+    return _rule("oxford_pets", 37, 500, 384, 448, Supervised.losses)
+
+
+def transfer_medium() -> Preset:
+    """Fewer than 500,000, such as CIFAR-10, whose small pictures are read at 128 pixels: 10,000 steps."""
+    return _rule("cifar10", 10, 10_000, 128, 160, Supervised.mixed_losses)
+
+
+def transfer_large() -> Preset:
+    """More: 20,000 steps."""
+    return _rule("imagenet1k", 1000, 20_000, 384, 448, Supervised.mixed_losses)
