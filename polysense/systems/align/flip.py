@@ -75,9 +75,11 @@ def three_quarters() -> Preset:
 
 
 def big_g() -> Preset:
-    """CLIP's own towers with patches dropped: LAION's ViT-bigG/14, which was trained so (39 billion pictures seen, half of the patches of each)."""
+    """CLIP's own towers with patches dropped: LAION's ViT-bigG/14, which was trained so: 39 billion pictures seen in batches
+    of 160,000, half of the patches of each."""
     image, text = body(1664, 48, 16, act="gelu"), body(1280, 32, 20, act="gelu")
     of = FLIP.Config(**vit_pair(224, 14, image.but(**{"block.mlp": MLP.Config(act="gelu", hidden=8192)}), text, 1280),
                      sampler=RandomMask.Config(ratio=0.5))
     base = paper()
-    return base.but(config=of, data="laion2b", feed=base.feed.but(text=TextPlan(vocab=49_408, length=77, pad="zero")))
+    return base.but(config=of, data="laion2b", feed=base.feed.but(text=TextPlan(vocab=49_408, length=77, pad="zero"))).but(
+        **{"stages.0.steps": 39_000_000_000 // 160_000, "stages.0.batch_size": 160_000})
