@@ -28,6 +28,7 @@ from polysense.tasks.result import Result, Units, holm, paired
 __all__ = ["Budget", "Comparison", "compare"]
 
 CHOSEN = ("zero_shot", "retrieval", "linear_probe")
+FORM = 2                                             # of that file: what an older one lacks is worked out again
 KEPT = "compared.json"                               # in a run's folder: its exams with their units, and its learning curve
 Say = Callable[[str], object]
 
@@ -165,7 +166,7 @@ def one_run(e: Entrant, folder: Path, seed: int, budget: Budget, field_: Field, 
             say: Say) -> dict[str, Any]:
     """Trains where needed, examines where needed; {exams: {slot: {metric, value, chance, n, total, size}}, curve, losses, cost}."""
     kept = folder / KEPT
-    settings = {**field_.settings, "points": points, "digest": e.plan.digest()}
+    settings = {**field_.settings, "form": FORM, "points": points, "digest": e.plan.digest()}
     if kept.is_file():
         before = json.loads(kept.read_text(encoding="utf-8"))
         if before["settings"] == settings:
