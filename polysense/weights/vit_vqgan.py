@@ -44,8 +44,12 @@ def halves(c: Any) -> list[Rule]:
     return rules
 
 
+EARLIER = (*((f"{half}.norm.{{rest}}", f"{half}.transformer.norm.{{rest}}") for half in ("encoder", "decoder")),
+           ("decoder.to_pixel.conv_out.{rest}", "decoder.to_pixel.1.{rest}"))            # names of the reimplementation's first versions
+
+
 def keymap(config: Any) -> KeyMap:
-    return KeyMap(tuple(halves(config)), drop=(r"loss\..*",), own=OWN)
+    return KeyMap(tuple(halves(config)), drop=(r"loss\..*",), alias=EARLIER, own=OWN)
 
 
 def body(width: int, depth: int, hidden: int) -> Dict:

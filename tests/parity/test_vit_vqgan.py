@@ -80,6 +80,11 @@ def test_released_names_in_and_out(tmp_path):
     assert back.keys() == s.keys()
     for k, v in s.items():
         torch.testing.assert_close(back[k], v, rtol=0, atol=1e-5)
+    earlier = {k.replace("transformer.norm", "norm").replace("to_pixel.1", "to_pixel.conv_out"): v for k, v in s.items()}
+    assert len(earlier.keys() - s.keys()) == 6
+    save_file(earlier, tmp_path / "earlier.safetensors")
+    twin = import_(tmp_path / "earlier.safetensors", LAYOUT, presets)[0].codec.state_dict()
+    assert all(torch.equal(v, twin[k]) for k, v in ours.codec.state_dict().items())
 
 
 def test_what_its_layout_cannot_hold_is_said(tmp_path):
