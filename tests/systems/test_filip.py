@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 import polysense
 from polysense.base.catalogue import preset_of
+from polysense.base.telling import Rewrites
 from polysense.objectives.tokenwise import best_tokens, token_nce
 
 recipe = polysense.load("filip")
@@ -87,6 +88,9 @@ def test_paper_is_the_large_form():
     c = preset_of("filip", "paper").config
     assert (c.vision.patch, c.vision.body.width, c.vision.body.depth, c.text.body.width, c.image_head.out) == (14, 1024, 24, 768, 256)
     assert preset_of("filip", "paper").stages[0].optim.name == "lamb"
+    for name in ("paper", "base"):
+        feed = preset_of("filip", name).feed
+        assert [type(t) for t in feed.told] == [Rewrites] and feed.train_image.operations, "both pictures and captions are augmented"
 
 
 def test_gradient_caching_changes_nothing(batch):

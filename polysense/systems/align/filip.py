@@ -18,7 +18,8 @@ from torch import Tensor
 
 from polysense.archetypes.dual_encoder import DualEncoder
 from polysense.base.card import Card
-from polysense.base.system import Batch, Feed, ImagePlan, Losses, Optim, Preset, Stage, TextPlan, ViewPlan, final
+from polysense.base.system import AugmentPlan, Batch, Feed, ImagePlan, Losses, Optim, Preset, Stage, TextPlan, ViewPlan, final
+from polysense.base.telling import Rewrites, ToldFeed
 from polysense.nn.transformer import Transformer
 from polysense.objectives.tokenwise import token_nce
 from polysense.towers.clip import body, vit_pair
@@ -89,9 +90,11 @@ def tiny() -> Preset:
 
 
 def _paper(of: FILIP.Config, lr: float) -> Preset:
+    """Back-translations of the captions are rewrites that the data bring; RandAugment where the authors have AutoAugment."""
     return Preset(
         data="filip300m+cc3m+cc12m+yfcc100m", config=of,
-        feed=Feed(image=ImagePlan(size=224), text=TextPlan(vocab=49_408, length=77, pad="zero"), train_image=ViewPlan(size=224, scale=(0.5, 1.0))),
+        feed=ToldFeed(image=ImagePlan(size=224), text=TextPlan(vocab=49_408, length=77, pad="zero"), told=(Rewrites(),),
+                      train_image=AugmentPlan(size=224, scale=(0.5, 1.0), erase=0.0)),
         stages=(Stage(objective=FILIP.compare_tokens, embed=FILIP.embed_tokens, steps=30 * 340_000_000 // 24_576, batch_size=24_576,
                       checkpoint_activations=True, optim=Optim(name="lamb", lr=lr, weight_decay=3e-2, warmup=10_000)),))
 
