@@ -117,6 +117,12 @@ def test_paper_and_ink_have_the_published_values():
     assert (0 - mean) / std == pytest.approx(-0.1) and (1 - mean) / std == pytest.approx(1.175)
 
 
+def test_twenty_passes_one_picture_at_a_time_at_falling_rates():
+    stages = preset_of("lenet5", "paper").stages
+    assert sum(s.steps for s in stages) == 20 * 60_000 and all(s.batch_size == 1 and s.optim.schedule == "constant" for s in stages)
+    assert [s.optim.lr for s in stages] == [5e-4, 2e-4, 1e-4, 5e-5, 1e-5] and stages[0].objective is recipe.LeNet5.losses
+
+
 def test_grey_pictures_must_come_as_three_channels(net):
     with pytest.raises(UserError, match="channels"):
         net.classify(torch.randn(1, 1, 28, 28))
