@@ -57,3 +57,10 @@ def test_padding_is_no_word_and_replies_alone_count():
         got = float(system.reply({"chat": text, "chat_reply": replied})["language"])
         log_p = system.logits(text).log_softmax(-1)[0]
         assert got == pytest.approx(float(-(log_p[1, 9] + log_p[2, 2]) / 2), abs=1e-5)
+
+
+def test_the_papers_base_is_a_trained_model_of_the_same_shape():
+    preset = recipe.paper()
+    start, = preset.starts
+    lent = preset_of(start.from_, start.preset).config
+    assert (start.into, start.take) == ("language", "language") and lent.language == preset.config.language and lent.adapter is None

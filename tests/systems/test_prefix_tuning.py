@@ -39,3 +39,10 @@ def test_the_baked_prefix_of_the_paper_has_a_quarter_of_a_million_numbers():
     with torch.device("meta"):
         held = virtual_of(recipe.paper().config.build())
     assert held.whole().shape == (5, 24, 2, 1024) and held.whole().numel() == 245_760
+
+
+def test_the_papers_base_is_a_trained_model_of_the_same_shape():
+    preset = recipe.paper()
+    start, = preset.starts
+    lent = preset_of(start.from_, start.preset).config
+    assert (start.into, start.take) == ("language", "language") and lent.language == preset.config.language and lent.adapter is None

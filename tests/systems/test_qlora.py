@@ -41,3 +41,10 @@ def test_the_log_of_the_authors_counts_the_same_numbers():
     assert trained == 159_907_840 and packed == 3_238_002_688
     assert sum(p.numel() for p in system.parameters()) + packed == 3_660_320_768
     assert recipe.paper().stages[0].optim.name == "paged_adamw"
+
+
+def test_the_papers_base_is_a_trained_model_of_the_same_shape():
+    preset = recipe.paper()
+    start, = preset.starts
+    lent = preset_of(start.from_, start.preset).config
+    assert (start.into, start.take) == ("language", "language") and lent.language == preset.config.language and lent.adapter is None

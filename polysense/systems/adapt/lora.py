@@ -52,10 +52,19 @@ def tiny() -> Preset:
         stages=(Stage(objective=LoRA.losses, trainable=("*.lora.*",), steps=200, batch_size=32, optim=Optim(lr=5e-3, warmup=20, clip=1.0)),))
 
 
+def gpt2() -> Preset:
+    """GPT-2 medium on its own, which `paper` adapts. Radford et al. (2019) give neither rate nor steps: these are of the model of that size of
+    Brown et al. (2020, table 2.1 and appendix B)."""
+    return Preset(
+        data="webtext", config=LoRA.Config(language=gpt2_medium()), feed=Feed(text=PromptPlan(vocab=50257, length=1024)),
+        stages=(Stage(objective=LoRA.losses, steps=600_000, batch_size=512, checkpoint_activations=True, optim=Optim(
+            lr=3e-4, weight_decay=0.1, betas=(0.9, 0.95), warmup=750, final=0.1, clip=1.0)),))
+
+
 def paper() -> Preset:
     """GPT-2 medium on E2E (section 5.4 and table 11): r=4, alpha 32, dropout 0.1, five epochs of batch 8."""
     return Preset(
         data="e2e_nlg", config=LoRA.Config(language=gpt2_medium(), adapter=LowRank(rank=4, alpha=32.0, dropout=0.1)),
-        feed=Feed(text=PromptPlan(vocab=50257, length=512)),
+        feed=Feed(text=PromptPlan(vocab=50257, length=512)), starts=(Start(into="language", from_="lora", take="language", preset="gpt2"),),
         stages=(Stage(objective=LoRA.losses, trainable=("*.lora.*",), steps=5 * 42_061 // 8, batch_size=8,
                       optim=Optim(lr=2e-4, weight_decay=0.01, warmup=500, schedule="linear")),))

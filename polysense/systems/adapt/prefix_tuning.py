@@ -68,6 +68,6 @@ def paper() -> Preset:
     """GPT-2 medium on WebNLG (section 6 and appendix A): prefixes of 5, middle size 512, AdamW at 5e-5, five epochs of batch 5."""
     return Preset(
         data="webnlg", config=PrefixTuning.Config(language=gpt2_medium(), adapter=VirtualTokens(tokens=5, hidden=512)),
-        feed=Feed(text=PromptPlan(vocab=50257, length=512)),
+        feed=Feed(text=PromptPlan(vocab=50257, length=512)), starts=(Start(into="language", from_="lora", take="language", preset="gpt2"),),
         stages=(Stage(objective=PrefixTuning.losses, trainable=("virtual.*",), steps=5 * 18_025 // 5, batch_size=5,
                       optim=Optim(lr=5e-5, schedule="linear")),))

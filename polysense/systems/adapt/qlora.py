@@ -45,10 +45,19 @@ def tiny() -> Preset:
                       optim=Optim(name="paged_adamw", lr=5e-3, warmup=20, clip=1.0)),))
 
 
+def llama() -> Preset:
+    """LLaMA 7B on its own, which `paper` adapts: a million million tokens in batches of four million (Touvron et al. 2023, section 2.3)."""
+    return Preset(
+        data="llama_mixture", config=QLoRA.Config(language=llama_7b()), feed=Feed(text=PromptPlan(kind="llama", vocab=32_000, length=2048)),
+        stages=(Stage(objective=QLoRA.losses, steps=250_000, batch_size=2048, checkpoint_activations=True, optim=Optim(
+            lr=3e-4, weight_decay=0.1, betas=(0.9, 0.95), warmup=2000, final=0.1, clip=1.0)),))
+
+
 def paper() -> Preset:
     """LLaMA 7B on OASST1 (appendix B.2): r=64, alpha 16, dropout 0.1, lr 2e-4 constant, 1875 steps of batch 16."""
     return Preset(
         data="oasst1", config=QLoRA.Config(language=llama_7b(), adapter=QuantisedLowRank()),
         feed=Feed(text=PromptPlan(kind="llama", vocab=32_000, length=512)),
+        starts=(Start(into="language", from_="qlora", take="language", preset="llama"),),
         stages=(Stage(objective=QLoRA.losses, trainable=("*.lora.*",), steps=1875, batch_size=16, checkpoint_activations=True, optim=Optim(
             name="paged_adamw", lr=2e-4, betas=(0.9, 0.999), schedule="constant", warmup=56, clip=0.3)),))
