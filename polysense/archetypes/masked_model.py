@@ -91,6 +91,15 @@ class MaskedModel(System):
         return F.normalize(self.encoder.pooled(pixels).float(), dim=-1)
 
 
+def aggregated(encoder: Any, aggregate: Any, early: int, image: Tensor, masking: Masking, token: Tensor) -> tuple[Tensor, Tensor]:
+    """What an encoder with `token` in place of hidden patches says of a picture, [B,T,D] normed; and what the blocks `aggregate` make of its last
+    class token beside the patches of layer `early`, behind the same norm (Peng et al. 2022, BEiT v2, section 3.3)."""
+    layers = encoder.body.layers(encoder.embed(image, fill=(masking.mask, token))[0])
+    both = torch.cat([layers[-1][:, :1], layers[early][:, 1:]], 1)
+    both = aggregate.layers(both, mask=encoder.body.relative(both.shape[1]))[-1]
+    return encoder.body.norm(layers[-1]), encoder.body.norm(both)
+
+
 class MaskedPictures(MaskedModel):
     """Masked models of pictures that draw what they are not shown: the target is a PixelTarget (`paint`, `cover`)."""
 

@@ -1,12 +1,13 @@
 """BEiT v2 as its authors publish it (unilm): BEiT's names with `cls_pt_layers.*` beside them, and the tokenizer VQ-KD."""
 from typing import Any
 
+import torch
+
 from polysense.base.errors import UserError
 from polysense.weights.beit import read_unilm, unilm_keymap
-from polysense.weights.keymap import KeyMap, State, both, rule, stack3
+from polysense.weights.keymap import KeyMap, Op, State, both, rule, stack3
 from polysense.weights.layout import Layout
 from polysense.weights.sizes import Dict, body, count, side, size
-from polysense.weights.vit_timm import VISION
 
 OURS, THEIRS = "aggregate.blocks.{i}", "cls_pt_layers.{i}"
 BRANCH = KeyMap((
@@ -34,13 +35,24 @@ def read(config: Dict, state: State) -> tuple[str, Dict]:
         "config.aggregate.depth": count(state, "cls_pt_layers")}
 
 
-TOKEN = KeyMap((*VISION.at("encoder", "codec.encoder").rules, *VISION.at("decoder", "decoder").rules,
+# Keys have no bias there; here they have one, which changes nothing: it adds the same to all scores of a query.
+no_key = Op("no_key", lambda t: [t[0], torch.zeros_like(t[0]), t[1]], lambda t: [t[0], t[2]])
+first = Op("first", lambda t: t[:1], lambda t: [t[0], t[0]])           # the second is an average that nothing reads
+lone = Op("lone", lambda t: [t[0].reshape(())], lambda t: [t[0].reshape(1)])
+BLOCK = "body.blocks.{i}"
+VIT = KeyMap((
+    rule("cls_token", "cls"), rule("pos_embed", "position"), *both("patch_embed.proj", "patch"), *both("fc_norm", "body.norm"),
+    rule("blocks.{i}.attn.qkv.weight", tuple(f"{BLOCK}.attn.{n}.weight" for n in "qkv"), stack3),
+    rule(("blocks.{i}.attn.q_bias", "blocks.{i}.attn.v_bias"), tuple(f"{BLOCK}.attn.{n}.bias" for n in "qkv"), no_key),
+    *both("blocks.{i}.attn.proj", f"{BLOCK}.attn.out"), *both("blocks.{i}.norm1", f"{BLOCK}.norm1"), *both("blocks.{i}.norm2", f"{BLOCK}.norm2"),
+    *both("blocks.{i}.mlp.fc1", f"{BLOCK}.mlp.up"), *both("blocks.{i}.mlp.fc2", f"{BLOCK}.mlp.down")))
+TOKEN = KeyMap((*VIT.at("encoder", "codec.encoder").rules, *VIT.at("decoder", "decoder").rules,
                 *both("encode_task_layer.0", "codec.narrow.pre"), *both("encode_task_layer.2", "codec.narrow.out"),
                 *both("decode_task_layer.0", "widen.pre"), *both("decode_task_layer.2", "widen.out"),
-                rule("quantize.embedding.weight", "codec.quantizer.codebook"), rule("quantize.cluster_size", "codec.quantizer.count")),
-               drop=(r"quantize\.embedding\.initted", r"scaling_layer\..*", r"teacher_model\..*", r"(encoder|decoder)\.rel_pos_bias\..*"),
-               own=(r"teacher\..*", r"codec\.quantizer\.begun"),
-               alias=(("quantize.embedding.cluster_size", "quantize.cluster_size"),))
+                rule(("quantize.embedding.weight", "quantize.embedding.embed_avg"), "codec.quantizer.codebook", first),
+                rule(("quantize.cluster_size", "quantize.embedding.cluster_size"), "codec.quantizer.count", first),
+                rule("quantize.embedding.initted", "codec.quantizer.begun", lone)),
+               drop=(r"scaling_layer\..*", r"teacher_model\..*"), own=(r"teacher\..*",))
 
 
 def read_tokenizer(config: Dict, state: State) -> tuple[str, Dict]:

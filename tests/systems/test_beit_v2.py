@@ -105,6 +105,11 @@ def test_the_tokenizer_learns_to_say_what_the_teacher_says(vqkd, image):
     steps = list(fit(vqkd, plan.stages[0].but(steps=25, **{"optim.warmup": 2}), iter([{"image": image}] * 25)))
     assert steps[-1].losses["features"] < steps[0].losses["features"] - 0.02
     assert all(torch.equal(v, teacher[k]) for k, v in vqkd.teacher.state_dict().items())
+    said = [s.health for s in steps if s.health]
+    assert said and all({"codes_used", "share_of_codes"} == h.keys() for h in said), "use of the codebook is watched"
+    counts = torch.bincount(vqkd.encode_codes(image).flatten(), minlength=16).float()
+    share = float(torch.distributions.Categorical(counts / counts.sum()).entropy().exp()) / 16
+    assert float(vqkd.health(vqkd.losses({"image": image}).keep)["share_of_codes"]) == pytest.approx(share, rel=1e-4)
     assert vqkd.encode_codes(image).shape == (4, 8, 8) and vqkd.encode_codes(image).unique().numel() > 1
     quantized = vqkd.codec(image)[1]
     said = vqkd.widen(vqkd.decoder(quantized.vectors.permute(0, 3, 1, 2)).tokens[:, 1:])

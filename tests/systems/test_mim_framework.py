@@ -42,8 +42,10 @@ def begun(plan):
 def test_a_named_method_is_that_very_system(name, image):
     """Slots are equal values; with equal weights, seed and batch, loss and every gradient are equal."""
     theirs, ours = preset_of(name), override(preset_of("mim_framework"), {"method": name})
-    for slot in ("encoder", "sampler", "hide", "decoder", "target"):
+    for slot in ("encoder", "sampler", "hide", "decoder", "target", *(("aggregate", "early") if name == "beit_v2" else ())):
         assert getattr(ours.config, slot) == getattr(theirs.config, slot)
+    videos = polysense.catalogue()[name].needs == ("video",)
+    batch = fake_batch(theirs, ("video",), n=2) if videos else {"image": image}
     assert (ours.feed, ours.starts, ours.data, ours.stages[0].optim) == (theirs.feed, theirs.starts, theirs.data, theirs.stages[0].optim)
     a, b = begun(theirs), begun(ours)
     b.load_state_dict(a.state_dict())
@@ -51,11 +53,12 @@ def test_a_named_method_is_that_very_system(name, image):
     for system, stage in ((a, theirs.stages[0]), (b, ours.stages[0])):
         system.choose_trainable(stage.trainable)
         torch.manual_seed(5)
-        loss = stage.objective(system, {"image": image}).total(stage.weights)
+        loss = stage.objective(system, batch).total(stage.weights)
         loss.backward()
         totals.append(loss)
         grads.append({n: p.grad for n, p in system.named_parameters() if p.grad is not None})
     assert torch.equal(*totals) and grads[0].keys() == grads[1].keys() and all(torch.equal(g, grads[1][n]) for n, g in grads[0].items())
+    assert list(b.doubts(fake_batch(theirs, ("image", "video"), n=2))) == [], "it looks at what it reads alone"
 
 
 @pytest.mark.parametrize("word", TARGETS)
@@ -95,7 +98,8 @@ def test_low_and_high_level_targets_are_told_apart():
 @pytest.mark.parametrize("changes, says", [
     ({"config.loss": "ce"}, "loss=ce does not fit CodeHead and GridPixels"), ({"config.loss": "kl"}, "no loss='kl'"),
     ({"config.hide": DropHidden.Config()}, "leaves CodeHead without those it reads"), ({"config.loss": "geminated"}, "does not fit"),
-    ({"config.target": PixelTarget.Config(patch=8)}, "take GridPixels"), ({"config.target": HOGTarget.Config(patch=8, cell=4, norm="l2")}, "norm")])
+    ({"config.target": PixelTarget.Config(patch=8)}, "take GridPixels"), ({"config.aggregate": preset_of("beit_v2").config.aggregate}, "names codes"),
+     ({"config.target": HOGTarget.Config(patch=8, cell=4, norm="l2")}, "norm")])
 def test_contradictory_slots_are_refused_in_one_line(changes, says):
     with pytest.raises(UserError, match=says) as caught:
         preset_of("mim_framework").but(**changes).config.build()

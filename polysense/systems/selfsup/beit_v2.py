@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from polysense.archetypes.masked_model import MaskedModel
+from polysense.archetypes.masked_model import MaskedModel, aggregated
 from polysense.base.card import Card
 from polysense.base.system import After, Batch, Feed, ImagePlan, Losses, Optim, Preset, Spec, Stage, Start, System, ViewPlan, final
 from polysense.decoders.codes import CodeHead, CodeTarget
@@ -32,6 +32,7 @@ from polysense.nn.masking import Masking
 from polysense.nn.norm import LayerNorm
 from polysense.nn.transformer import Transformer
 from polysense.objectives.codes import commitment_loss, masked_ce
+from polysense.objectives.health import of_codes
 from polysense.objectives.masked import masked_cosine
 from polysense.objectives.spread import gather
 from polysense.towers.beit import BeitTower, shared_bias
@@ -74,12 +75,8 @@ class BEiTv2(MaskedModel):
 
     def said(self, image: Tensor, masking: Masking) -> tuple[Tensor, Tensor]:
         """Logits [M,K] of the hidden patches: of the last layer, and of the branch that has only the class token from there."""
-        encoder = self.encoder
-        layers = encoder.body.layers(encoder.embed(image, fill=(masking.mask, self.hide.token))[0])
-        both = torch.cat([layers[-1][:, :1], layers[self.early][:, 1:]], 1)
-        both = self.aggregate.layers(both, mask=encoder.body.relative(both.shape[1]))[-1]
-        main, branch = (self.decoder(encoder.body.norm(x), masking) for x in (layers[-1], both))
-        return main, branch
+        main, branch = aggregated(self.encoder, self.aggregate, self.early, image, masking, self.hide.token)
+        return self.decoder(main, masking), self.decoder(branch, masking)
 
     def encode_image(self, image: Tensor) -> Tensor:
         """image [B,3,H,W] -> [B,D], unit norm: the class token (the encoder's `pool`), no patch hidden."""
@@ -116,6 +113,10 @@ class VQKD(System):
     @torch.no_grad()
     def after_step(self, after: After) -> None:
         self.codec.quantizer.move(gather(after.keep["encoded"]), gather(after.keep["ids"]), after.step)
+
+    def health(self, keep: dict[str, Tensor]) -> dict[str, Tensor]:
+        """How much of the codebook is in use, of the code numbers `ids` that the objective kept."""
+        return of_codes(keep["ids"], self.codec.codes) if "ids" in keep else {}
 
     def encode_codes(self, image: Tensor) -> Tensor:
         """image [B,3,H,W] -> code numbers [B,h,w]."""

@@ -6,23 +6,26 @@ Five slots, and everything that goes by a name of its own is a choice of what st
   teacher and norm   `target`: the pixels themselves (plain, or standardised patch by patch), histograms of gradients (unit length in each cell), the
                      spectrum, codes of a frozen tokenizer (argmax: VQ-VAE, dVAE, VQ-KD), patch features of a frozen CLIP or DINO (as they are, of
                      unit length or layer-normed), an average of the student (layers normed, averaged, normed), the student on the hidden patches
-  student            `encoder`, `sampler` (uniform, cells, blocks) and `hide`: hidden patches dropped, or replaced by a token
+  student            `encoder`, of pictures or of clips, `sampler` (uniform, cells, blocks, tubes) and `hide`: hidden patches dropped, or replaced by
+                     a token
   head               `decoder`: a linear layer, PixelShuffle, a transformer, two of them, a regressor and a decoder
   loss               `loss`: mse, l1, smooth_l1, cosine, ce, frequency, geminated, aligned
-The teacher has no gradient; one that follows the student moves after the step.
+The teacher has no gradient; one that follows the student moves after the step. With codes there may be a second head, BEiT v2's: `aggregate`, blocks
+that have to name them from the last class token and the patches of layer `early`, so that the class token learns the whole picture.
 
 `target=hog` (and pixel, fourier, dvae, vqkd, clip, dino, ema) puts a teacher in, with the head and the loss that it needs, and leaves student, data
 and plan as they are: `polysense compare mim_framework --vary target=pixel,hog,ema`. `method=mae` (and the others below) is that system itself: its
-parts, its feed and its plan, under this objective. Pixels, HOG and spectra are low-level targets, codes and features high-level ones (`level`).
+parts, its feed and its plan, under this objective. Pixels, HOG and spectra are low-level targets, codes and features high-level ones (`level`). Two
+are no choice of these slots: iBOT, whose teacher judges by a head of its own and pictures as a whole besides, and BEVT, which has two students.
 """
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from polysense.archetypes.masked_model import MaskedModel
+from polysense.archetypes.masked_model import MaskedModel, aggregated
 from polysense.base.card import Card
 from polysense.base.catalogue import preset_of
 from polysense.base.errors import UserError
@@ -47,11 +50,12 @@ from polysense.objectives.regress import masked_l1, masked_smooth_l1
 from polysense.objectives.spectrum import focal_frequency, geminated
 from polysense.towers.clip import body, image_tower
 from polysense.towers.shapes import plain_vit
+from polysense.towers.video_vit import VideoViT
 
 card = Card(
     name="MIM framework", paper="Li et al., Multimodal Foundation Models: From Specialists to General-Purpose Assistants, 2023",
     arxiv="2309.10020", year=2023, says="Masked image modelling with the teacher, the norm, the student, the head and the loss of your choice.",
-    needs=("image",), can=("encode_image", "reconstruct"),
+    needs=("image|video", "video|image"), can=("encode_image", "reconstruct"),
 )
 
 PARAMETERS = 86_390_016                      # ViT-B/16 with its mask token 85.8M, and a head for pixels 768 x 768
@@ -69,6 +73,8 @@ class MIMFramework(MaskedModel):
     @dataclass(frozen=True, kw_only=True)
     class Config(MaskedModel.Config):
         loss: str
+        aggregate: Spec | None = None        # a Transformer.Config: blocks of the second head; None: there is none
+        early: int = 0                       # the layer that lends it the patches
 
     def __init__(self, c: Config):
         super().__init__(c)
@@ -88,7 +94,11 @@ class MIMFramework(MaskedModel):
                             "one layer reads a token in every place (FillHidden), a transformer decoder puts its own there (DropHidden)")
         if isinstance(self.decoder, CodeHead) and type(self.target) is PixelTarget:
             raise UserError("a linear head says patches in the order of the grid, PixelTarget in that of the mask", "take GridPixels")
-        self.judge = LOSSES[c.loss]
+        if c.aggregate is not None and (c.loss != "ce" or not isinstance(self.hide, FillHidden) or not hasattr(self.encoder.body, "relative")):
+            raise UserError(f"aggregate with loss={c.loss} on {type(self.encoder).__name__}",
+                            "a second head names codes behind a tower with relative positions whose hidden patches are replaced")
+        self.aggregate, self.early = None if c.aggregate is None else c.aggregate.build(), c.early
+        self.judge, self.reads = LOSSES[c.loss], "video" if isinstance(self.encoder, VideoViT) else "image"
 
     @property
     def level(self) -> str:
@@ -96,9 +106,18 @@ class MIMFramework(MaskedModel):
         return "low" if isinstance(self.target, (PixelTarget, HOGTarget, SpectrumTarget)) else "high"
 
     def losses(self, batch: Batch) -> Losses:
-        image = batch["image"]
-        said = self.judge(*self.pairs(image, self.masking(image)))
+        pixels = batch[self.reads]
+        masking = self.masking(pixels)
+        if self.aggregate is not None:
+            codes = self.target(pixels, masking)
+            main, branch = (self.decoder(x, masking) for x in aggregated(self.encoder, self.aggregate, self.early, pixels, masking, self.hide.token))
+            return Losses(predict=masked_ce(main, codes), cls=masked_ce(branch, codes))
+        said = self.judge(*self.pairs(pixels, masking))
         return Losses(**said) if isinstance(said, dict) else Losses(predict=said)
+
+    def doubts(self, batch: Batch) -> Iterator[str]:
+        """As any masked model's, of what this one reads."""
+        return super().doubts({self.reads: batch[self.reads]})
 
     def encode_image(self, image: Tensor) -> Tensor:
         """image [B,3,H,W] -> [B,D], unit norm: the encoder's pooled feature, nothing hidden."""
@@ -184,14 +203,15 @@ def ema(preset: Preset) -> Preset:
 
 # -- the systems that have names: their own parts, feed and plan -----------------------------------------------------------------------------
 
-METHODS = {"mae": "mse", "simmim": "l1", "maskfeat": "mse", "ge2_ae": "geminated", "beit": "ce", "mvp": "cosine", "eva": "cosine",
-           "data2vec_vision": "smooth_l1", "cae": "aligned"}
+SLOTS = ("encoder", "sampler", "hide", "decoder", "target", "aggregate", "early")
+METHODS = {"mae": "mse", "simmim": "l1", "maskfeat": "mse", "ge2_ae": "geminated", "beit": "ce", "beit_v2": "ce", "mvp": "cosine", "eva": "cosine",
+           "data2vec_vision": "smooth_l1", "cae": "aligned", "videomae": "mse", "mae_st": "mse"}
 
 
 def method(preset: Preset, name: str) -> Preset:
     """The system `name` under this objective: its slots are its own values, so nothing can differ."""
     theirs = preset_of(name)
-    slots: dict[str, Any] = {slot: getattr(theirs.config, slot) for slot in ("encoder", "sampler", "hide", "decoder", "target")}
+    slots: dict[str, Any] = {slot: getattr(theirs.config, slot) for slot in SLOTS if hasattr(theirs.config, slot)}
     return theirs.but(config=MIMFramework.Config(**slots, loss=METHODS[name]), **{"stages.0.objective": MIMFramework.losses})
 
 
