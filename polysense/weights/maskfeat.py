@@ -1,4 +1,7 @@
-"""MaskFeat as PySlowFast writes it: a state under "model_state", ViT names, a head for every depth that predicts (here one, at the last block)."""
+"""MaskFeat as PySlowFast writes it: a state under "model_state", ViT names, a head for every depth that predicts (here one, at the last block).
+
+The tower has no norm of its own there: the one before the dense layer is the head's. The kernels of the histograms are in the file as well.
+"""
 from typing import Any
 
 from polysense.base.errors import UserError
@@ -7,7 +10,10 @@ from polysense.weights.layout import Layout
 from polysense.weights.sizes import Dict, body, body_of, count, side, size
 from polysense.weights.vit_timm import VISION
 
-KEYMAP = VISION.at("", "encoder") + KeyMap((rule("mask_token", "hide.token"), *both("pred_head.projections.0", "decoder.head")))
+TOWER = VISION.at("", "encoder")
+KEYMAP = KeyMap((*(r for r in TOWER.rules if not r.ours[0].startswith("encoder.body.norm.")), rule("mask_token", "hide.token"),
+                 *both("pred_head.transforms.0.0", "encoder.body.norm"), *both("pred_head.projections.0", "decoder.head")),
+                drop=(*TOWER.drop, r"hogs\..*"), alias=(("norm.{rest}", "pred_head.transforms.0.0.{rest}"),))
 
 
 def read(config: Dict, state: State) -> tuple[str, Dict]:

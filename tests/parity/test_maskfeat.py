@@ -16,8 +16,10 @@ def test_slowfast_names_in_and_out_and_the_backbone_is_timms(tmp_path):
     timm = reference("timm")
     model = shake(timm.models.vision_transformer.VisionTransformer(img_size=64, patch_size=16, embed_dim=64, depth=2, num_heads=1, num_classes=0))
     token, weight, bias = torch.randn(1, 1, 64), torch.randn(108, 64), torch.randn(108)
-    state = model.state_dict() | {"mask_token": token, "pred_head.projections.0.weight": weight, "pred_head.projections.0.bias": bias}
-    torch.save({"model_state": state, "epoch": 1600}, tmp_path / "maskfeat.pth")
+    plain = model.state_dict() | {"mask_token": token, "pred_head.projections.0.weight": weight, "pred_head.projections.0.bias": bias}
+    state = {k.replace("norm.", "pred_head.transforms.0.0.") if k.startswith("norm.") else k: v for k, v in plain.items()}    # the head's
+    kernel = torch.tensor([[1.0, 0, -1], [2, 0, -2], [1, 0, -1]]).expand(3, 1, 3, 3)
+    torch.save({"model_state": state | {"hogs.0.weight_x": kernel, "hogs.0.weight_y": kernel.mT}, "epoch": 1600}, tmp_path / "maskfeat.pth")
     ours, preset = import_(tmp_path / "maskfeat.pth", maskfeat.weights["slowfast"], lambda name: preset_of("maskfeat", name))
     image, mask = torch.randn(2, 3, 64, 64), torch.rand(2, 16) < 0.4
     torch.testing.assert_close(ours.encoder(image).tokens, model.forward_features(image), rtol=0, atol=1e-4)
@@ -29,6 +31,9 @@ def test_slowfast_names_in_and_out_and_the_backbone_is_timms(tmp_path):
     export(ours.state_dict(), preset.config, maskfeat.weights["slowfast"], tmp_path / "back.safetensors")
     back = load_file(tmp_path / "back.safetensors")
     assert back.keys() == state.keys() and all(torch.equal(v, state[k]) for k, v in back.items())
+    torch.save({"model_state": plain}, tmp_path / "plain.pth")                                               # a ViT's own last norm
+    twin, _ = import_(tmp_path / "plain.pth", maskfeat.weights["slowfast"], lambda name: preset_of("maskfeat", name))
+    assert torch.equal(twin.encoder.body.norm.weight, ours.encoder.body.norm.weight)
 
 
 def test_other_files_and_other_systems_are_refused(tmp_path):

@@ -119,6 +119,7 @@ def test_published_settings():
     paper = preset_of("maskfeat", "paper")
     sampler, stage = paper.config.sampler, paper.stages[0]
     assert (sampler.hidden, sampler.least) == (78, 15) and paper.config.target.width == 108 and stage.optim.clip == 0.02
+    assert (paper.feed.image.mean, paper.feed.image.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert stage.optim.lr == pytest.approx(2e-4 * stage.batch_size / 256) and paper.feed.train_image.scale == (0.5, 1.0)
 
 

@@ -36,7 +36,8 @@ PARAMETERS = 85_882_476                      # ViT-B/16 with its mask token 85.8
 
 weights = {"slowfast": maskfeat.SLOWFAST}
 
-MEAN, STD = (0.45, 0.45, 0.45), (0.225, 0.225, 0.225)            # the released settings; ImageNet's three numbers each do as well
+MEAN, STD = (0.45, 0.45, 0.45), (0.225, 0.225, 0.225)            # of the authors' video models
+PICTURES = {"feed.image.mean": (0.485, 0.456, 0.406), "feed.image.std": (0.229, 0.224, 0.225)}       # and of those of pictures
 LEARNS = ("encoder.*", "hide.*", "decoder.*")
 
 
@@ -82,7 +83,7 @@ def paper() -> Preset:
     epoch = 1_281_167 // 2048
     return preset(224, plain_vit(224, 16, 768, 12, 12, pool="mean"), 78, 15, HOGTarget.Config(patch=16, cell=8), "imagenet1k", Stage(
         objective=MaskFeat.losses, trainable=LEARNS, steps=1600 * epoch, batch_size=2048,
-        optim=Optim(lr=2e-4 * 2048 / 256, weight_decay=0.05, warmup=30 * epoch, clip=0.02, final=1e-6 / 1.6e-3)))
+        optim=Optim(lr=2e-4 * 2048 / 256, weight_decay=0.05, warmup=30 * epoch, clip=0.02, final=1e-6 / 1.6e-3))).but(**PICTURES)
 
 
 def vit_l_16() -> Preset:
