@@ -10,6 +10,7 @@ from PIL import Image
 import polysense
 from polysense.base.catalogue import preset_of
 from polysense.base.errors import UserError
+from polysense.base.plan import AugmentPlan
 from polysense.decoders.codes import shrink
 from polysense.mechanisms.mask_sampler import BlockMask
 from polysense.nn.masking import masking_of
@@ -201,3 +202,5 @@ def test_paper_jitters_every_picture_and_reads_pixels_from_minus_one_to_one():
         image = preset_of("beit", name).feed.image
         assert image.mean == image.std == (0.5, 0.5, 0.5)
     assert (paper.config.target.mean, paper.config.target.std) == (paper.feed.image.mean, paper.feed.image.std)
+    tuned = preset_of("beit", "finetune").feed.train_image
+    assert isinstance(tuned, AugmentPlan) and (tuned.operations, tuned.magnitude, tuned.erase) == (2, 9.0, 0.25)

@@ -17,7 +17,7 @@ from torch import Tensor
 from polysense.archetypes.classifier import Classifier
 from polysense.archetypes.masked_model import MaskedModel
 from polysense.base.card import Card
-from polysense.base.system import Batch, Feed, ImagePlan, Losses, Optim, Preset, Spec, Stage, Start, ViewPlan, final
+from polysense.base.system import AugmentPlan, Batch, Feed, ImagePlan, Losses, Optim, Preset, Spec, Stage, Start, ViewPlan, final
 from polysense.decoders.codes import CodeHead, CodeTarget
 from polysense.decoders.dvae import DVAECodec, DVAEEncoder
 from polysense.decoders.vq_codec import small_codec
@@ -126,9 +126,10 @@ def classifier(base: Preset, classes: int, from_: str, drop_path: float, view: V
 
 
 def finetune() -> Preset:
-    """ImageNet-1k at 224 px, 100 epochs of batch 1024 with layer-wise decay (appendix H): per-layer tables start as copies of the shared one."""
+    """ImageNet-1k at 224 px, 100 epochs of batch 1024 with layer-wise decay, RandAugment and erasing (appendix H): per-layer tables start as copies
+    of the shared one."""
     epoch = 1_281_167 // 1024
-    return classifier(paper(), 1000, "paper", 0.1, ViewPlan(size=224, scale=(0.08, 1.0), flip=0.5, jitter=0.8), Stage(
+    return classifier(paper(), 1000, "paper", 0.1, AugmentPlan(size=224, scale=(0.08, 1.0), flip=0.5), Stage(
         objective=BEiTClassifier.losses, steps=100 * epoch, batch_size=1024,
         optim=Optim(lr=4e-3, weight_decay=0.05, layer_decay=0.65, warmup=20 * epoch)))
 
