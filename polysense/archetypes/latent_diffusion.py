@@ -91,7 +91,8 @@ class LatentDiffusion(Denoiser):
 
     def steer(self, control: Batch, z: Tensor, t: Tensor, context: Tensor) -> dict[str, object]:
         """The hook: further arguments of the U-Net (`add`: residuals of its skips; `extra`: beside the time), or a `z` or `context` in place of
-        the given ones. Called once for every look of the U-Net; while drawing with guidance the first half of the batch is without words."""
+        the given ones. Called once for every look of the U-Net; while drawing with guidance the first half of the batch is without words, and
+        `control` holds `worded` [2B], which says so."""
         return {}
 
     def says(self, control: Batch, z: Tensor, t: Tensor, context: Tensor) -> Tensor:
@@ -123,6 +124,7 @@ class LatentDiffusion(Denoiser):
             if weight != 1.0:
                 context = torch.cat([self.context(self.empty(text) if negative is None else negative).expand_as(context), context])
                 given = {k: torch.cat([v, v]) if v.ndim and len(v) == len(text) else v for k, v in given.items()}
+                given["worded"] = torch.arange(2 * len(text), device=z.device) >= len(text)
 
             def predict(z: Tensor, t: Tensor) -> Tensor:
                 if weight == 1.0:

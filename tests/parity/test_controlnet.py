@@ -73,7 +73,7 @@ def test_guess_mode_and_two_nets_are_theirs(published):
     down, mid = control(z, t, context, hint, conditioning_scale=0.7, guess_mode=True, return_dict=False)
     got = ours.steer({"hint": hint, "guess": torch.tensor(1), "strength": torch.tensor(0.7)}, z, t, context)["add"]
     for a, b in zip(got, (*down, mid), strict=True):
-        torch.testing.assert_close(a[1], b[1], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     multi = reference("diffusers.models.controlnets.multicontrolnet").MultiControlNetModel([control, control])
     two = preset.config.but(kinds=2).build()
     state = ours.state_dict()

@@ -161,10 +161,20 @@ def test_guess_mode_grows_with_depth_on_the_side_with_words_only():
     context = system.context(BATCH["text"][:2])
     plain = system.steer({"hint": hint}, z, t, context)["add"]
     for name, shares in (("guess", [10 ** (-1 + i / 4) for i in range(5)]), ("weighting", [1, 1, 2, 2, 2])):
-        got = system.steer({"hint": hint, name: torch.tensor(1)}, z, t, context)["add"]
+        got = system.steer({"hint": hint, name: torch.tensor(1), "worded": torch.tensor([False, True])}, z, t, context)["add"]
         for a, b, s in zip(got, plain, shares, strict=True):
             assert not a[0].any()
             torch.testing.assert_close(a[1], b[1] * s)
+
+
+def test_the_side_without_words_is_left_alone_where_there_is_one():
+    system, seen = loud(made()), []
+    plain = system.steer
+    system.steer = lambda *given: seen.append(plain(*given)["add"]) or {"add": seen[-1]}
+    for guidance, worded in ((3.0, [False, False, True, True]), (1.0, [True, True])):
+        seen.clear()
+        draw(system, hint=BATCH["hint"][:2], guess=torch.tensor(1), guidance=torch.tensor(guidance))
+        assert [bool(row.any()) for row in seen[0][-1]] == worded, guidance
 
 
 def test_hints_of_any_size_are_fitted_and_others_refused():

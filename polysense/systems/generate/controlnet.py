@@ -114,7 +114,7 @@ class ControlNet(LatentDiffusion):
         guess, weighting = (bool(control.get(k, torch.zeros(()))) for k in ("guess", "weighting"))
         if guess or weighting:
             share = torch.logspace(-1, 0, len(add)).tolist() if guess else [z.shape[-1] / a.shape[-1] for a in add]
-            worded = (torch.arange(len(z), device=z.device) >= len(z) // 2).to(z)[:, None, None, None]
+            worded = control.get("worded", torch.ones(len(z), dtype=torch.bool)).to(z)[:, None, None, None]      # without guidance: all of them
             add = [a * s * worded for a, s in zip(add, share, strict=True)]
         return {"add": add}
 
