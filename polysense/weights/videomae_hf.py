@@ -54,7 +54,7 @@ def read(config: Dict, state: State) -> tuple[str, Dict]:
     out: Dict = {
         "config.encoder.image_size": image, "config.encoder.patch": patch, "config.encoder.frames": frames, "config.target.patch": patch,
         "config.encoder.tubelet": config.get("tubelet_size", 2), "config.target.frames": config.get("tubelet_size", 2), "feed.video.frames": frames,
-        **{k: v for k, v in hf_feed(config, image).items() if "train_image" not in k},
+        "feed.video.view.size": image, **{k: v for k, v in hf_feed(config, image).items() if "train_image" not in k},
         **body("config.encoder.body", width=width, depth=config.get("num_hidden_layers", 12), heads=config.get("num_attention_heads", 12),
                hidden=config.get("intermediate_size", 3072), act=act, eps=eps, final=not classes)}
     if classes:

@@ -46,6 +46,8 @@ def test_published_sizes():
     assert (paper.feed.video.frames, paper.feed.video.stride) == (16, 4)
     tuned = preset_of("videomae", "finetune")
     assert tuned.stages[0].optim.layer_decay == 0.75 and tuned.config.encoder.body.norm is None
+    assert paper.feed.video.view.sides == (224, 340) and paper.feed.video.repeat == 1, "cut anywhere, at several sizes"
+    assert tuned.feed.video.repeat == 2 and tuned.feed.video.view.flip == 0.5, "repeated augmentation"
 
 
 def test_tubes_hide_the_same_cells_at_all_times():
