@@ -76,6 +76,10 @@ def test_alignment_learns_the_bare_caption_behind_the_picture(llava, batch):
 def test_pictures_are_padded_and_short_answers_asked_for():
     plan = preset_of("llava_1_5", "paper").feed
     assert plan.image.fit == "pad" and "single word or phrase" in plan.text.short
+    first, second = preset_of("llava_1_5", "paper_align"), preset_of("llava_1_5", "paper")
+    assert first.feed.image.fit == "crop", "the first stage has CLIP's own way to read pictures"
+    assert [(s.name, s.batch_size, s.optim.lr) for p in (first, second) for s in p.stages] == [("align", 256, 1e-3), ("instruct", 128, 2e-5)]
+    assert all(("connector", "paper_align") in {(s.into, s.preset) for s in preset_of("llava_1_5", n).starts} for n in ("paper", "hd"))
     data, small = source("scenes:qa?n=40&size=32"), SMALL.feed.text.but(short="answer in one word.", turns=3)
     chat = Chat(small, make_tokenizer(small, texts_of(data, small)))
     about = data.about(0)

@@ -126,24 +126,35 @@ def clip_eye(size: int) -> PatchTokens.Config:
                                                std=None), layer=-2)
 
 
-def paper() -> Preset:
-    """Vicuna-7B; 558K captions in batches of 256, then 665K conversations in batches of 128, one pass each (table 9)."""
+def _paper(stage: Stage, fit: str, starts: tuple[Start, ...]) -> Preset:
+    """One stage on Vicuna-7B and CLIP's ViT-L/14 at 336 px."""
     text = ChatPlan(kind="llama", vocab=32000, length=2048, image=32000, system=SYSTEM, user="USER:", assistant="ASSISTANT:", turns=16, short=SHORT,
                     describe="Provide a one-sentence caption for the provided image.")
-    connect, tune = Optim(lr=1e-3, warmup=65), Optim(lr=2e-5, warmup=156)
     return Preset(
-        data="llava_1_5", starts=(Start(into="vision.tower", from_="clip", take="vision", preset="paper_336"),),
+        data="llava_1_5", starts=(Start(into="vision.tower", from_="clip", take="vision", preset="paper_336"), *starts), stages=(stage,),
         config=LLaVA15.Config(vision=clip_eye(336), connector=MLPConnector.Config(into=1024, out=4096), image_token=32000,
                               language=llama(vocab=32064, length=4096, width=4096, depth=32, heads=32, hidden=11008, eps=1e-5)),
-        feed=Feed(image=ImagePlan(size=336, fit="pad"), text=text),
-        stages=(Stage(name="align", objective=LLaVA15.align, trainable=("connector.*",), steps=558_000 // 256, batch_size=256, optim=connect),
-                Stage(name="instruct", objective=LLaVA15.instruct, trainable=("connector.*", "language.*"), steps=665_000 // 128, batch_size=128,
-                      optim=tune, checkpoint_activations=True)))
+        feed=Feed(image=ImagePlan(size=336, fit=fit), text=text))
+
+
+ALIGNED = Start(into="connector", from_="llava_1_5", take="connector", preset="paper_align")
+
+
+def paper_align() -> Preset:
+    """Stage 1: one pass over 558K captions in batches of 256; pictures are cut square as CLIP's were (table 9)."""
+    return _paper(Stage(name="align", objective=LLaVA15.align, trainable=("connector.*",), steps=558_000 // 256, batch_size=256,
+                        optim=Optim(lr=1e-3, warmup=65)), "crop", ())
+
+
+def paper() -> Preset:
+    """Stage 2 on the connector of stage 1: one pass over 665K conversations in batches of 128; pictures are padded to squares (table 9)."""
+    return _paper(Stage(name="instruct", objective=LLaVA15.instruct, trainable=("connector.*", "language.*"), steps=665_000 // 128, batch_size=128,
+                        optim=Optim(lr=2e-5, warmup=156), checkpoint_activations=True), "pad", (ALIGNED,))
 
 
 def hd() -> Preset:
     """LLaVA-1.5-HD: 2 x 2 tiles of 224 px and the whole (section 4.2)."""
     base = paper()
     config = base.config.but(vision=Tiles.Config(eye=clip_eye(224)))
-    return base.but(config=config, starts=(Start(into="vision.eye.tower", from_="clip", take="vision", preset="paper"),)).but(
+    return base.but(config=config, starts=(Start(into="vision.eye.tower", from_="clip", take="vision", preset="paper"), ALIGNED)).but(
         **{"feed.image.size": 448})
