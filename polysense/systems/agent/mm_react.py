@@ -35,6 +35,7 @@ card = Card(
 
 WATCHWORD = "Assistant,"
 ACTION = re.compile(rf"^[ \t]*(?:\d+[.)][ \t]*)?{WATCHWORD}[ \t]*(.*)$", re.M)
+PICTURE = re.compile(r"\.(?:png|jpe?g|webp|gif|bmp|tiff?)\b", re.I)
 QUOTED = re.compile(r"\"[^\"]*\"|“[^”]*”|```.*?```|^[ \t]*>.*$", re.S | re.M)
 
 PREFIX = """You answer questions about pictures that you cannot see. You know a picture by its path only. Experts look at pictures for you:
@@ -85,7 +86,7 @@ def parse(reply: str, images: Sequence[str] = ()) -> tuple[str, list[Action]]:
 
 def pathlike(request: str) -> str:
     """A word of a request that looks like the path of a file, "" where none does."""
-    hit = re.search(r"(?:https?://|\.{0,2}/|[A-Za-z]:\\)\S+|\S+\.(?:png|jpe?g|webp|gif|bmp|tiff?)\b", request, re.I)
+    hit = re.search(rf"(?:https?://|\.{{0,2}}/|[A-Za-z]:\\)\S+|\S+{PICTURE.pattern}", request, re.I)
     return hit[0] if hit else ""
 
 
@@ -209,7 +210,7 @@ class MMReAct(Agent):
 
     def objection(self, action: Action) -> str:
         """Why a request cannot be followed, "" where it can: no such expert, no picture, or one that nobody named."""
-        tool = choose(self.tools(), action.request)
+        tool = self.asked(action)
         if not action.request.strip() or tool is None:
             return f"no expert fits it (there are {', '.join(t.name for t in self.tools())})"
         if tool.image and not action.image:
@@ -217,9 +218,14 @@ class MMReAct(Agent):
             return f"{stranger} is not a picture of this conversation" if stranger else f"{tool.name} needs the path of a picture"
         return ""
 
+    def asked(self, action: Action) -> Tool | None:
+        """The expert whom a request fits. The path is no part of what is asked: a date in it is no sum."""
+        path = action.image or pathlike(action.request)
+        words = action.request.replace(path, "") if action.image or PICTURE.search(path) else action.request
+        return choose(self.tools(), words) or choose(self.tools(), action.request)
+
     def act(self, action: Action) -> None:
-        tool = choose(self.tools(), action.request.replace(action.image, "") if action.image else action.request)
-        tool = tool or choose(self.tools(), action.request)
+        tool = self.asked(action)
         assert tool is not None                              # `objection` has seen it
         self.observe(tool, action.request, action.image if tool.image else "")
 
