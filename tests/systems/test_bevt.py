@@ -51,7 +51,8 @@ def test_paper_is_the_papers():
     assert (c.video_mask.frame.hidden, c.image_mask, c.video_mask.shortest, c.target.size, c.target.width) == (98, c.video_mask.frame, 0.5, 112, 8192)
     feed, stage = preset_of("bevt", "paper").feed, preset_of("bevt", "paper").stages[0]
     view = feed.train_image
-    assert (view.jitter, view.jitter_by, view.flip) == (1.0, (0.4, 0.4, 0.4, 0.0), 0.5)
+    assert (view.jitter, view.jitter_by, view.flip, view.sides) == (1.0, (0.4, 0.4, 0.4, 0.0), 0.5, (256, 320))
+    assert (feed.video.view.sides, feed.video.view.flip, feed.video.view.jitter, feed.video.repeat) == ((256, 320), 0.5, 0.0, 1)
     assert (feed.video.frames, feed.video.stride, stage.optim.lr, stage.optim.weight_decay, stage.optim.clip) == (16, 8, 5e-4, 0.05, 3.0)
     for name in ("tiny", "paper"):
         starts = {s.into: s.preset for s in preset_of("bevt", name).starts if s.from_ == "bevt"}

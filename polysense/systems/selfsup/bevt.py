@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from polysense.base.card import Card
 from polysense.base.errors import UserError
-from polysense.base.system import Batch, Feed, ImagePlan, Losses, Optim, Preset, Spec, Stage, Start, System, VideoPlan, ViewPlan, final
+from polysense.base.plan import ClipPlan
+from polysense.base.system import Batch, Feed, ImagePlan, Losses, Optim, Preset, SidesPlan, Spec, Stage, Start, System, VideoPlan, ViewPlan, final
 from polysense.decoders.codes import CodeTarget
 from polysense.decoders.dvae import DVAECodec, DVAEEncoder
 from polysense.decoders.two_streams import TwoStreams
@@ -172,10 +173,11 @@ def paper_pictures() -> Preset:
 
 
 def paper() -> Preset:
-    """Stage 2: pictures and clips of Kinetics-400 together, 150 epochs of 256 clips of 16 frames, every eighth. The released run has eight times as
-    many pictures as clips in a step; here a batch holds as many of each."""
-    base, epoch = paper_pictures(), 240_000 // 256
-    return base.but(
+    """Stage 2: pictures and clips of Kinetics-400 together, 150 epochs of 256 clips of 16 frames, every eighth, squares of 224 px cut anywhere of a
+    shorter side of 256 to 320. The released run has eight times as many pictures as clips in a step; here a batch holds as many of each."""
+    base, epoch, view = paper_pictures(), 240_000 // 256, SidesPlan(size=224, sides=(256, 320), flip=0.5)
+    return base.but(**{"feed.train_image": view.but(jitter=1.0, jitter_by=(0.4, 0.4, 0.4, 0.0)), "feed.video": ClipPlan(
+        frames=16, sample="stride", stride=8, view=view)}).but(
         data="kinetics400", starts=(*base.starts, *after("paper_pictures")),
         stages=(Stage(name="joint", objective=BEVT.losses, trainable=LEARNS, steps=150 * epoch, batch_size=256,
                       optim=Optim(lr=5e-4, weight_decay=0.05, warmup=10 * epoch, clip=3.0)),))
