@@ -169,5 +169,7 @@ def test_it_learns_and_published_settings(beit, image):
     assert steps[-1].total < steps[0].total
     paper, codec = preset_of("beit_v2", "paper").config, preset_of("beit_v2", "paper_tokenizer").config
     assert (paper.early, paper.aggregate.depth, paper.sampler.hidden, paper.encoder.pool) == (9, 2, 75, "cls") and paper.target.codec == codec.codec
+    big = preset_of("beit_v2", "large").config
+    assert (big.encoder.body.depth, big.encoder.width, big.early, big.aggregate.width, big.aggregate.block.layer_scale) == (24, 1024, 21, 1024, 1e-5)
     assert (codec.codec.codes, codec.codec.width, codec.codec.quantizer.decay, codec.decoder.body.depth, codec.decoder.image_size) == (
         8192, 32, 0.99, 3, 14)

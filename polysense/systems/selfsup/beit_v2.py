@@ -157,6 +157,12 @@ def paper() -> Preset:
                       optim=Optim(lr=1.5e-3, weight_decay=0.05, warmup=10 * epoch, clip=3.0)))
 
 
+def large() -> Preset:
+    """ViT-L/16: patches of layer 21 of 24, scales begin at 1e-5."""
+    return paper().but(**{"config.encoder": shared_bias(224, 16, 1024, 24, 16, 1e-5, 0.1).but(pool="cls"), "config.early": 21,
+                          "config.aggregate": blocks(1024, 16, 2, 1e-5)})
+
+
 def tokenizer(size: int, encoder: ViT.Config, codes: int, width: int, decoder: Transformer.Config, teacher: ViT.Config, said: int, start: str,
               data: str, stage: Stage) -> Preset:
     grid, plan = size // encoder.patch, ImagePlan(size=size)
