@@ -23,6 +23,7 @@ import torch
 from polysense.app.files import Progress, ahead, find_photos, place, readable
 from polysense.base.errors import UserError
 from polysense.pipeline import TEMPLATES, softmax
+from polysense.pipeline.words import scorer
 from polysense.tasks.zero_shot import templates_of
 
 
@@ -65,7 +66,7 @@ def label_folder(pipeline: Any, photos: str | Path, labels: str | Path | Sequenc
         raise UserError(f"cannot give {top} labels a picture", "ask for at least one")
     top = min(top, len(names))
     templates = templates_of(templates)
-    rows = pipeline.prompts(names, templates)
+    score = scorer(pipeline, names, templates)
     paths = sorted(p for p, _, _ in find_photos(photos))
     if not paths:
         raise UserError(f"no pictures in {str(photos)!r}", "check the path")
@@ -82,7 +83,7 @@ def label_folder(pipeline: Any, photos: str | Path, labels: str | Path | Sequenc
     with open(part, "a", encoding="utf-8") as f:
         for batch in _batches(pipeline, todo, batch_size, workers):
             good = [seen for _, seen in batch if isinstance(seen, torch.Tensor)]
-            chance = iter(softmax(pipeline.scale * pipeline.encode_prepared(torch.stack(good)) @ rows.T) if good else ())
+            chance = iter(softmax(pipeline.scale * score(torch.stack(good))) if good else ())
             for path, seen in batch:
                 answers[path] = {"error": seen} if isinstance(seen, str) else _best(next(chance), names, top)
                 f.write(json.dumps({"path": path, **answers[path]}) + "\n")

@@ -37,6 +37,7 @@ from polysense.pipeline.pictures import to_pictures
 from polysense.pipeline.scene import render
 from polysense.pipeline.talk import Talk
 from polysense.pipeline.texts import Texts
+from polysense.pipeline.words import label_scores
 from polysense.tasks.zero_shot import templates_of, zero_shot_classifier
 from polysense.train.precision import autocast
 
@@ -165,8 +166,7 @@ class Pipeline(Clips, Talk, Texts):
               progress: Progress | None = None) -> list[Labelled]:
         """Zero-shot: the probability of each label, softmax of scaled cosines over the labels given, most probable first."""
         images, labels = _listed(images), _listed(labels)
-        logits = self.scale * self.encode(images=images, progress=progress) @ self.prompts(labels, templates).T
-        return _ranked(images, softmax(logits), labels, top)
+        return _ranked(images, softmax(self.scale * label_scores(self, images, labels, templates, progress)), labels, top)
 
     def classify(self, images: Sequence[Any], classes: Sequence[str] | None = None, *, top: int | None = 5) -> list[Labelled]:
         """The classes that the system was trained on, most probable first; without names, and where the system keeps none, by their numbers."""

@@ -1,5 +1,5 @@
 """Word by word and patch by patch: late interaction, and the terms of sparse systems."""
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,7 @@ from polysense.base.errors import UserError
 from polysense.data.images import decode, window
 from polysense.pipeline.heat import NEUTRAL, STOP, Explanation, Heat, placed
 from polysense.pipeline.pairs import THUMBNAIL
+from polysense.tasks.zero_shot import asked, by_words, patch_scores, templates_of, words_of
 
 Array = np.ndarray
 
@@ -23,6 +24,28 @@ def encode_words(pipeline: Any, text: str) -> Array:
 def late_scores(patches: Array, words: Array) -> Array:
     """patches [N,P,D], words [L,D] -> [N]: the mean over words of their best patch (FILIP's text-to-image similarity, equation 5)."""
     return (patches @ words.T).max(1).mean(1)
+
+
+def scorer(pipeline: Any, labels: Sequence[str], templates: str | Sequence[str]) -> Callable[[torch.Tensor], Array]:
+    """Prepared pictures [B,3,H,W] -> how like each label they are [B,C]: the cosine with its row, or of a system that compares patch by word, the
+    mean similarity with its prompts."""
+    if not by_words(pipeline.system):
+        rows = pipeline.prompts(labels, templates)
+        return lambda batch: pipeline.encode_prepared(batch) @ rows.T
+    said = words_of(pipeline, asked(pipeline, labels, templates_of(templates)))
+    return lambda batch: patch_scores(torch.from_numpy(pipeline._run("encode_patches", batch.to(pipeline.device))).flatten(1, 2), said).numpy()
+
+
+def label_scores(pipeline: Any, images: Sequence[Any], labels: Sequence[str], templates: str | Sequence[str], progress: Any = None) -> Array:
+    """The same of pictures in any form."""
+    if not by_words(pipeline.system) or not images or not labels:
+        return pipeline.encode(images=images, progress=progress) @ pipeline.prompts(labels, templates).T
+    score, out = scorer(pipeline, labels, templates), list[Array]()
+    for start in range(0, len(images), 64):
+        out.append(score(pipeline.read_images(images[start:start + 64])))
+        if progress:
+            progress(min(start + 64, len(images)), len(images))
+    return np.concatenate(out)
 
 
 def encode_terms(pipeline: Any, images: Sequence[Any] | None = None, texts: Sequence[str] | None = None) -> Array:

@@ -2,9 +2,10 @@
 
 A picture is found by a caption when it ranks high among all pictures; for a picture the best placed of its own captions counts, and its
 other captions stand in nobody's way (Karpathy & Fei-Fei 2015). Ties count half: a system that finds everything alike earns the middle.
-`rerank=k` lets systems that read pictures and texts together look at the k best once more (`rerank.py`).
+`rerank=k` lets systems that read pictures and texts together look at the k best once more (`rerank.py`). Systems that compare patch by word (FILIP)
+are judged by those similarities, one for each way.
 """
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,6 +18,7 @@ from polysense.base.errors import UserError
 from polysense.tasks.encode import Features, Progress, encode_all_images, encode_all_texts, name_of
 from polysense.tasks.rerank import Again, check_rerank, second_looks
 from polysense.tasks.result import Metric, Result, Units, grouped_mean_of, grouped_median_of, metric
+from polysense.tasks.zero_shot import by_words, words_of
 
 AT = (1, 5, 10)
 
@@ -26,7 +28,8 @@ def run(subject: Any, test: Any, *, rerank: int = 0, seed: int = 0, batch_size: 
     if rerank:
         check_rerank(subject, test, rerank)
     look = partial(second_looks, subject, test, k=rerank) if rerank else None
-    out = examined("retrieval", subject, encode_all_images(subject, test, progress, batch_size=batch_size), seed, look=look)
+    patches = (lambda image: subject.system.encode_patches(image).flatten(1, 2)) if by_words(subject.system) else None
+    out = examined("retrieval", subject, encode_all_images(subject, test, progress, batch_size=batch_size, encode=patches), seed, look=look)
     return replace(out, notes={**out.notes, "rerank": rerank}) if rerank else out
 
 
@@ -38,9 +41,12 @@ def examined(exam: str, subject: Any, seen: Features, seed: int, thing: str = "i
         raise UserError(f"no sample of {seen.name!r} has a caption", "use data with captions")
     owner = np.array([k for k, i in enumerate(has) for _ in seen.captions[i]])
     said = [c for i in has for c in seen.captions[i]]
-    texts = encode_all_texts(subject, said)
-    again = look(has, said, seen.features[has], texts) if look else (None, None)
-    to_text, to_image = ranks(seen.features[has], texts, owner, again=again)
+    if thing == "image" and seen.features.ndim == 3 and by_words(subject.system):
+        to_text, to_image = late_ranks(seen.features[has], [words for words, in words_of(subject, [[c] for c in said])], owner)
+    else:
+        texts = encode_all_texts(subject, said)
+        again = look(has, said, seen.features[has], texts) if look else (None, None)
+        to_text, to_image = ranks(seen.features[has], texts, owner, again=again)
     n, pictures = len(has), np.arange(len(has))
     ways = {f"{thing}_to_text": (to_text, pictures, chance_of_best(np.bincount(owner), len(owner))),
             f"text_to_{thing}": (to_image, owner, {k: min(1.0, k / n) for k in AT})}
@@ -86,6 +92,19 @@ def ranks(images: Tensor, texts: Tensor, owner: np.ndarray, block: int = 512,
         others = torch.ones_like(similar, dtype=torch.bool).scatter_(1, mine, False)
         to_image[s:s + block] = _rank(similar, similar.gather(1, mine), others)
     return to_text, to_image
+
+
+def late_ranks(patches: Tensor, words: Sequence[Tensor], owner: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """As `ranks`, of patches [n,N,D] and the words [L,D] of each caption: pictures rank captions by the mean over patches of their best word,
+    captions rank pictures by the mean over words of their best patch (Yao et al. 2022, FILIP, equations 4 and 5)."""
+    see, say = torch.empty(len(patches), len(words)), torch.empty(len(words), len(patches))
+    for j, each in enumerate(words):
+        met = patches @ each.T
+        see[:, j], say[j] = met.amax(2).mean(1), met.amax(1).mean(1)
+    own = torch.from_numpy(owner)
+    mine = own[None] == torch.arange(len(patches))[:, None]
+    found = _rank(see, see.masked_fill(~mine, -torch.inf).amax(1, keepdim=True), ~mine)
+    return found, _rank(say, say.gather(1, own[:, None]), ~mine.T)
 
 
 def _rank(similar: Tensor, own: Tensor, others: Tensor) -> np.ndarray:

@@ -6,7 +6,12 @@ import torch.nn.functional as F
 import polysense
 from polysense.base.catalogue import preset_of
 from polysense.base.telling import Rewrites
+from polysense.data.sources import ListSource
+from polysense.data.tokenizer import make_tokenizer
 from polysense.objectives.tokenwise import best_tokens, token_nce
+from polysense.pipeline import Pipeline
+from polysense.pipeline.words import label_scores
+from polysense.tasks import retrieval, zero_shot
 
 recipe = polysense.load("filip")
 BODY = recipe.body(24, 2, 2)
@@ -104,3 +109,68 @@ def test_gradient_caching_changes_nothing(batch):
         states.append(system.state_dict())
     for name, value in states[0].items():
         torch.testing.assert_close(states[1][name], value, rtol=1e-4, atol=2e-5, msg=name)
+
+
+@pytest.fixture(scope="module")
+def subject():
+    """A FILIP with a tokenizer, and six pictures of three kinds."""
+    torch.manual_seed(0)
+    preset = recipe.tiny().but(config=recipe.config(32, 8, BODY, BODY, 16, 300, 24, 2)).but(**{
+        "feed.image.size": 32, "feed.train_image.size": 32, "feed.text.vocab": 300, "feed.text.length": 24})
+    tokenizer = make_tokenizer(preset.feed.text, ["a photo of a red cup.", "the blue hat and a green tree in it."])
+    pixels = torch.randint(0, 255, (6, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)).numpy()
+    photos = ListSource("kinds", [{"id": i, "image": pixels[i], "label": i % 3} for i in range(6)], ("image", "label"),
+                        classes=("red cup", "blue hat", "green_tree"))
+    return Pipeline(preset.config.build(), preset, tokenizer, id="filip"), photos
+
+
+NAMES, TEMPLATES = ("red cup", "blue hat", "green tree"), ("a photo of a {}.", "the {} in it.")
+
+
+def by_hand(filip, tokenizer, images):
+    """s_I of each picture with each prompt, patch by patch; similarities, not texts, are averaged over templates."""
+    system = filip.system.eval()
+    with torch.no_grad():
+        patches = system.encode_patches(images).flatten(1, 2)
+        rows = []
+        for name in NAMES:
+            each = []
+            for template in TEMPLATES:
+                words, mask = system.words(tokenizer([template.replace("{}", name)]).to(images.device))
+                each.append(torch.stack([(p @ words[0][mask[0]].T).max(1).values.mean() for p in patches]))
+            rows.append(torch.stack(each).mean(0))
+    return torch.stack(rows, 1).cpu()
+
+
+def test_zero_shot_labels_compare_patches_with_words_and_average_similarities_over_templates(subject, monkeypatch):
+    filip, photos = subject
+    pictures = [photos.load(i, "image") for i in range(6)]
+    want = by_hand(filip, filip.tokenizer, filip.read_images(pictures))
+    got = torch.from_numpy(label_scores(filip, pictures, NAMES, TEMPLATES))
+    torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
+    one_vector = torch.from_numpy(filip.encode(images=pictures) @ filip.prompts(NAMES, TEMPLATES).T)
+    assert (got - one_vector).abs().max() > 0.1, "one vector of each says something else"
+    probabilities = {n: p for n, p in filip.label(pictures, NAMES, TEMPLATES)[0].labels}
+    own = (filip.scale * got[0]).softmax(0)
+    assert [probabilities[n] for n in NAMES] == pytest.approx(own.tolist(), abs=1e-5)
+    result = zero_shot.run(filip, photos, templates=TEMPLATES)
+    right = (want.argmax(1) == torch.arange(6) % 3).float().mean().item()
+    assert result.metrics["accuracy"].value == pytest.approx(right)
+    assert filip.label(pictures, list(NAMES[:1]))[0].labels[0][0] == "red cup"
+
+
+def test_retrieval_ranks_captions_by_patches_and_pictures_by_words(subject):
+    filip, photos = subject
+    said = [["a red cup.", "the cup"], ["a blue hat."], ["a green tree in it.", "the tree"]]
+    captioned = ListSource("said", [{"id": i, "image": photos.load(i, "image"), "captions": c} for i, c in enumerate(said)], ("image", "text"))
+    result, texts = retrieval.run(filip, captioned), [c for each in said for c in each]
+    system, owner = filip.system.eval(), [0, 0, 1, 2, 2]
+    with torch.no_grad():
+        patches = system.encode_patches(filip.read_images([photos.load(i, "image") for i in range(3)])).flatten(1, 2)
+        words = [w[0][m[0]] for w, m in (system.words(filip.read_texts([t])) for t in texts)]
+    see = [[float((p @ w.T).max(1).values.mean()) for w in words] for p in patches]
+    say = [[float((w @ p.T).max(1).values.mean()) for p in patches] for w in words]
+    first = [any(owner[j] == i for j in [max(range(5), key=row.__getitem__)]) for i, row in enumerate(see)]
+    back = [max(range(3), key=row.__getitem__) == owner[j] for j, row in enumerate(say)]
+    assert result.metrics["image_to_text_r1"].value == pytest.approx(sum(first) / 3)
+    assert result.metrics["text_to_image_r1"].value == pytest.approx(sum(back) / 5)
