@@ -22,6 +22,8 @@ def generate(text: Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...
              seed: Annotated[int, typer.Option(metavar="N", min=0, help="Another seed draws other pictures.")] = 0,
              hint: Annotated[list[str] | None, typer.Option(metavar="FILE", help="A map to follow (edges, depth, segments); one, or one for each "
                                                             "text.")] = None,
+             extract: Annotated[str, typer.Option(metavar="MAP", help="The --hint files are photographs: take this map from them, canny (outlines) "
+                                                  "or lines (straight ones).")] = "",
              sampler: Annotated[str | None, typer.Option(metavar="NAME", help="ddpm, ddim, dpm or plms, in place of the preset's.")] = None,
              out: Annotated[Path, typer.Option(metavar="FILE.png", help="The sheet of all pictures to write.")] = Path("generated.png"),
              each: Annotated[Path | None, typer.Option(metavar="DIR", help="Write every picture by itself, too.")] = None,
@@ -52,7 +54,8 @@ def generate(text: Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...
     texts = list(text or [])
     pipeline = polysense.open(model, system=system, layout=layout, device=device)
     with Bar("drawing", "pictures") as bar:
-        drawn = draw(pipeline, texts, count, steps=steps, guidance=guidance, seed=seed, hints=list(hint or []), sampler=sampler, progress=bar)
+        drawn = draw(pipeline, texts, count, steps=steps, guidance=guidance, seed=seed, hints=list(hint or []), extract=extract, sampler=sampler,
+                     progress=bar)
     with place(out) as beside:
         grid(drawn, count if len(texts) > 1 else 0).save(beside, "PNG")
     files: list[str] = []

@@ -7,6 +7,7 @@ from PIL import Image
 
 from polysense.base.errors import UserError
 from polysense.base.plan import ImagePlan
+from polysense.data.hints import extracted
 from polysense.data.images import read_images
 from polysense.pipeline.pictures import to_pictures
 from polysense.train.precision import autocast
@@ -15,12 +16,13 @@ Progress = Callable[[int, int], object]
 
 
 def generate(pipeline: Any, texts: Sequence[str] = (), count: int = 1, *, steps: int = 20, guidance: float | None = None, seed: int = 0,
-             hints: Sequence[Any] = (), sampler: str | None = None, batch_size: int = 16, progress: Progress | None = None) -> list[Image.Image]:
+             hints: Sequence[Any] = (), extract: str = "", sampler: str | None = None, batch_size: int = 16,
+             progress: Progress | None = None) -> list[Image.Image]:
     """`count` pictures of each text (or, for systems that draw without words and `texts` empty, `count` pictures), text by text.
 
     steps: of the sampler, where the system has one. guidance: how much the words count, where the system can weigh them. seed: equal seeds
-    draw equal pictures on one machine. hints: pictures of a map to follow, one, or one for each text. sampler: another one than the preset's.
-    UserError where the system cannot draw in this way.
+    draw equal pictures on one machine. hints: pictures of a map to follow, one, or one for each text; with `extract` ("canny", "lines") photographs
+    from which that map is taken. sampler: another one than the preset's. UserError where the system cannot draw in this way.
     """
     if count < 1 or steps < 1:
         raise UserError(f"{count} pictures in {steps} steps", "both are at least 1")
@@ -38,7 +40,9 @@ def generate(pipeline: Any, texts: Sequence[str] = (), count: int = 1, *, steps:
     if guidance is not None:
         control["guidance"] = torch.tensor(float(guidance), device=pipeline.device)
     ids = pipeline.read_texts(texts).repeat_interleave(count, 0) if texts else None
-    maps = read_hints(plan, hints if len(hints) == len(texts) else list(hints) * len(texts), count).to(pipeline.device) if hints else None
+    if extract and not hints:
+        raise UserError(f"nothing to take the map {extract!r} from", "give a photograph as hint")
+    maps = read_hints(plan, hints if len(hints) == len(texts) else list(hints) * len(texts), count, extract).to(pipeline.device) if hints else None
     total, out, usual = count if ids is None else len(ids), list[Image.Image](), getattr(pipeline.system, "sampler", None)
     if sampler is not None:
         if usual is None or not hasattr(usual, "name"):
@@ -63,9 +67,10 @@ def generate(pipeline: Any, texts: Sequence[str] = (), count: int = 1, *, steps:
     return out
 
 
-def read_hints(plan: ImagePlan, hints: Sequence[Any], count: int) -> torch.Tensor:
-    """Pictures of maps -> [N*count,3,H,W] in [0,1], at the size of the pictures."""
-    return read_images(plan.but(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)), list(hints)).repeat_interleave(count, 0)
+def read_hints(plan: ImagePlan, hints: Sequence[Any], count: int, extract: str = "") -> torch.Tensor:
+    """Pictures of maps, or with `extract` photographs to take them from -> [N*count,3,H,W] in [0,1], at the size of the pictures."""
+    maps = read_images(plan.but(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)), list(hints))
+    return (extracted(extract, maps.clamp(0, 1)) if extract else maps).repeat_interleave(count, 0)
 
 
 def grid(pictures: Sequence[Image.Image], columns: int = 0, gap: int = 2) -> Image.Image:

@@ -202,8 +202,10 @@ def test_maps_come_from_scenes():
 def test_a_map_from_a_file_steers_what_is_drawn(tmp_path):
     from PIL import Image
 
+    from polysense.data.hints import extracted
     from polysense.data.tokenizer import make_tokenizer
     from polysense.pipeline import Pipeline
+    from polysense.pipeline.draw import read_hints
     words = SMALL.feed.text.but(vocab=64, length=10)
     preset = SMALL.but(**{"feed.text": words})
     pipeline = Pipeline(loud(made()), preset, make_tokenizer(words, ["a red circle"]), id="controlnet")
@@ -211,5 +213,17 @@ def test_a_map_from_a_file_steers_what_is_drawn(tmp_path):
     plain = pipeline.generate("a red circle", 2, steps=2)
     steered = pipeline.generate("a red circle", 2, steps=2, hints=[tmp_path / "map.png"])
     assert len(steered) == 2 and steered[0].tobytes() != plain[0].tobytes()
+    Image.new("RGB", (40, 40), "white").save(tmp_path / "photo.png")
+    with Image.open(tmp_path / "photo.png") as photo:
+        photo.paste((0, 0, 0), (10, 10, 30, 30))
+        photo.save(tmp_path / "photo.png")
+    taken = extracted("canny", read_hints(preset.feed.image, [tmp_path / "photo.png"], 1))
+    assert taken.any() and not taken.all()
+    (outlined,), (same,) = (pipeline.generate("a red circle", steps=2, **given) for given in (
+        {"hints": [tmp_path / "photo.png"], "extract": "canny"}, {"hints": [(taken[0].permute(1, 2, 0) * 255).byte().numpy()]}))
+    assert outlined.tobytes() == same.tobytes() != pipeline.generate("a red circle", steps=2, hints=[tmp_path / "photo.png"])[0].tobytes()
+    for wrong in ({"extract": "canny"}, {"hints": [tmp_path / "photo.png"], "extract": "depth"}):
+        with pytest.raises(UserError):
+            pipeline.generate("a red circle", **wrong)
     with pytest.raises(UserError, match="hints for"):
         pipeline.generate("a red circle", hints=[tmp_path / "map.png"] * 3)

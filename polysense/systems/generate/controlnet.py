@@ -11,6 +11,7 @@ the copy, the third also the hint's convolutions. The loss is the usual one, wit
 
 Several kinds of map have a copy each; what they add is summed, each with its own strength. `guess` (no words needed): what is added grows from 0.1
 to 1 with depth, on the side with words only. `weighting`: the same side only, each map's share times 64 over its size (section 3.3).
+`data.hints` takes outlines and straight lines from photographs; maps of other kinds are given as pictures.
 """
 from dataclasses import dataclass
 from typing import Any
