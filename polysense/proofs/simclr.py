@@ -12,14 +12,17 @@ import torch.nn.functional as F
 from polysense.base.system import Preset
 from polysense.data import source
 from polysense.data.sources import Source
+from polysense.nn.residual import Basic, Stem
 from polysense.proofs.arms import Arm, exam, read_all, train_arm
 from polysense.proofs.harness import Outcome
 from polysense.proofs.pool import kept, large
 from polysense.systems.selfsup import simclr
 from polysense.tasks.encode import Features
+from polysense.towers.resnet import ResNet
 from polysense.train.run import override
 
-STEPS, BATCH, RATE = 500, 128, 2e-3
+STEPS, BATCH, RATE = 1000, 128, 2e-3
+TOWER = ResNet.Config(layers=(1, 1, 1), base=24, stem=Stem.Config(kernel=3, stride=2, pool=3), block=Basic.Config())     # small maps: more steps
 METRIC = f"accuracy of 20 nearest neighbours on SimCLR's features, eight drawn shapes of 32 px, {STEPS} steps of {BATCH}"
 HIGHER_IS_BETTER = True
 DATA = "scenes:single, the large things of 4,000 scenes without labels (their labels for the neighbours) and of 1,500 unseen"
@@ -27,7 +30,7 @@ SCENES = "scenes:single?size=32&style=plain&shapes=circle,square,triangle,star,h
 
 
 def small() -> Preset:
-    return simclr.tiny().but(**{"stages.0.steps": STEPS, "stages.0.batch_size": BATCH, "stages.0.optim.lr": RATE})
+    return simclr.tiny().but(**{"config.backbone": TOWER, "stages.0.steps": STEPS, "stages.0.batch_size": BATCH, "stages.0.optim.lr": RATE})
 
 
 def features(of: Source, rows: torch.Tensor, labels: torch.Tensor) -> Any:
