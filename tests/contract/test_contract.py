@@ -2,6 +2,8 @@
 import inspect
 import json
 from dataclasses import fields
+from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from polysense.base.plan import Stage
 from polysense.base.protocols import CAPABILITIES, capabilities
 from polysense.base.spec import from_dict
 from polysense.base.system import System
+from polysense.train.starts import carry
 
 CARDS = polysense.catalogue()
 HOOKS = {"__init__", "after_step", "after_start", "doubts", "health", "steer", "Config", "is_final", "__init_subclass__"}
@@ -116,6 +119,25 @@ def test_what_trains_nothing_stands_on_others(recipe):
             weights = plan.config.build().state_dict()
         lost = [k for k in weights if not any(not s.into or k == s.into or k.startswith(f"{s.into}.") for s in plan.starts)]
         assert weights and not lost, f"{name}: nothing trains or lends {lost[:4]}"
+
+
+@cache
+def on_meta(name: str, preset: str):
+    """A system without memory, for its shapes."""
+    with torch.device("meta"):
+        return preset_of(name, preset).config.build()
+
+
+@pytest.mark.parametrize("name", list(CARDS))
+def test_what_presets_stand_on_fits_them(name):
+    """Every Start of every preset, the papers' too: the lender has the weights that are asked for, in the shapes that are needed."""
+    for preset in CARDS[name].presets:
+        plan = preset_of(name, preset)
+        for start in plan.starts:
+            lent = preset_of(start.from_, start.preset).config
+            if start.into and getattr(lent, start.take, lent) == getattr(plan.config, start.into, plan):
+                continue                                     # the very same part: nothing to build
+            carry(start, SimpleNamespace(system=on_meta(start.from_, start.preset)), on_meta(name, preset))
 
 
 def test_weights_and_preset_survive_a_file(recipe, tmp_path):

@@ -107,4 +107,4 @@ def paper() -> Preset:
     """64 px birds and flowers, 600 epochs of batch 64, Adam 2e-4 with beta1 0.5 (section 5); CLIP's text tower in place of a char-CNN-RNN."""
     text = ClipText.Config(vocab=49408, length=77, body=body(512, 12, 8))
     return preset(64, config(text, 512, 64, 128, 64), TextPlan(vocab=49408, length=77, pad="zero"),
-                  Start(into="text", from_="clip", take="text", preset="paper"), "cub200", 600 * 8_855 // 64, 64, 2e-4)
+                  Start(into="text", from_="clip", take="text", preset="vit_b_32"), "cub200", 600 * 8_855 // 64, 64, 2e-4)
