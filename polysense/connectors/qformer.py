@@ -109,6 +109,20 @@ class QFormer(Part):
                 block.mlp_query.load_state_dict(block.mlp.state_dict())
         self.queries, self.width, self.length, self.pad = c.queries, c.width, c.length, c.pad
 
+    def take_over(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Of a BERT as deep as this (Li et al. 2023, section 3.1): its self-attention for both, its feed-forward half for the text and, copied, for
+        the queries. Queries, cross-attention and the ids behind its vocabulary stay as they are; it has no segments here (released code)."""
+        if 1 + max((int(k.split(".")[2]) for k in weights if k.startswith("body.blocks.")), default=-1) != len(self.blocks):
+            return weights
+        out = self.state_dict()
+        for name, value in weights.items():
+            name = name.removeprefix("body.")
+            if name in out:
+                out[name] = torch.cat([value, out[name][len(value):]]) if name == "embed.weight" else value
+        for name in [n for n in out if "_query." in n]:
+            out[name] = out[name.replace("mlp_query.", "mlp.").replace("norm_query.", "norm2.")]
+        return out
+
     def words(self, text: Tensor) -> Tensor:
         """text [B,L] ids -> embeddings [B,L,D], normed. UserError without a text part and for what is no text."""
         if self.embed is None or self.position is None:

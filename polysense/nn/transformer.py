@@ -73,3 +73,24 @@ class Transformer(Part):
         """Empty key-value buffers for `batch` sequences of up to `length` tokens, in the type and on the device of the weights."""
         first = self.blocks[0].attn.k.weight
         return make_cache([(b.attn.kv_heads, b.attn.head_width) for b in self.blocks], batch, length, first.dtype, first.device)
+
+
+class UpperBlocks(Transformer):
+    """The last blocks of a deeper one into which cross-attention was put: they begin as these, their cross-attention is their own (Li et al. 2021,
+    ALBEF, section 3.1)."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Transformer.Config):
+        pass
+
+    def take_over(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        numbers = [int(k.split(".")[1]) for k in weights if k.startswith("blocks.")]
+        first = max(0, 1 + max(numbers, default=0) - len(self.blocks))
+        added = {"cross", "norm_cross"}
+        known = any(added & set(k.split(".")) for k in weights)
+        out = {} if known else {k: v for k, v in self.state_dict().items() if added & set(k.split("."))}
+        for name, value in weights.items():
+            head, _, rest = name.removeprefix("blocks.").partition(".") if name.startswith("blocks.") else ("", "", name)
+            if not head or int(head) >= first:
+                out[f"blocks.{int(head) - first}.{rest}" if head else name] = value
+        return out

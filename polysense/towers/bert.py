@@ -70,6 +70,13 @@ class Bert(Tower):
             x = x[:, :1] if short else x
         return Encoded(tokens=x, pooled=x[:, 0] if self.pooler is None else self.pooler(x[:, 0]), mask=None if short else mask)
 
+    def take_over(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Of a deeper one the first blocks; a pooler stays behind where there is none here (Li et al. 2021, ALBEF, section 3.1)."""
+        def wanted(name: str) -> bool:
+            block = name.startswith("body.blocks.")
+            return int(name.split(".")[2]) < len(self.body.blocks) if block else self.pooler is not None or not name.startswith("pooler.")
+        return {k: v for k, v in weights.items() if wanted(k)}
+
     def places(self, text: Tensor, start: int) -> Tensor:
         """Hook: positions [1,L,D] or [B,L,D] of text [B,L] behind `start` tokens."""
         return self.position[:, start:start + text.shape[1]]

@@ -302,6 +302,24 @@ def test_paper_changes_no_colours_and_questions_stand_on_its_weights():
     assert {s.preset for s in second.starts} == {"paper"} and {s.into for s in second.starts} >= {"vision", "text", "fusion", "words"}
 
 
+def test_one_bert_becomes_text_and_fusion_encoder():
+    """Its first blocks and its last ones, its words; the cross-attention between is new."""
+    from types import SimpleNamespace
+
+    from polysense.train.starts import carry, key_of
+    torch.manual_seed(0)
+    bert = polysense.load("bert").net(64, 16, 32, 4, 2, mask=4, special=(0, 1, 2), dropout=0.0).build().eval()
+    albef, starts = small(answer=False).build().eval(), preset_of("albef", "paper").starts
+    before = {k: v.clone() for k, v in albef.fusion.state_dict().items() if "cross" in k}
+    for start in starts:
+        carry(start, SimpleNamespace(system=bert), albef)
+    text = torch.tensor([[1, 7, 9, 11, 2]])
+    said = albef.text(text)
+    torch.testing.assert_close(albef.fusion(said.tokens, None, mask=said.mask), bert.text(text).tokens, rtol=1e-4, atol=1e-5)
+    assert before and all(torch.equal(v, albef.fusion.state_dict()[k]) for k, v in before.items())
+    assert torch.equal(albef.words.pre.weight, bert.predict.pre.weight) and len(key_of(preset_of("albef", "paper_vqa"))) == 12
+
+
 def test_without_a_decoder_it_says_so(batch):
     bare = small(answer=False).build()
     with pytest.raises(UserError, match="no answer decoder"):

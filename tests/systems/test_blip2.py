@@ -313,3 +313,24 @@ def test_matching_reads_true_pairs_hard_pictures_and_hard_texts(blip2, batch, mo
     assert pictures[:4] == texts[:4] == texts[4:8] == pictures[8:] == own
     assert all(a != b for a, b in zip(pictures[4:8] + texts[8:], own + own, strict=True))
     torch.testing.assert_close(losses["match"], F.cross_entropy(judge(blip2, seen, text), torch.tensor([1] * 4 + [0] * 8)))
+
+
+def test_a_bert_becomes_the_queries_and_the_text():
+    from types import SimpleNamespace
+
+    from polysense.train.starts import carry, key_of
+    torch.manual_seed(0)
+    bert = polysense.load("bert").net(64, 48, 32, 4, 2, mask=4, special=(0, 1, 2), dropout=0.0).build().eval()
+    (start,) = preset_of("blip2", "paper").starts
+    system = small().config.build().eval()
+    before = {k: v.clone() for k, v in system.qformer.state_dict().items()}
+    carry(start, SimpleNamespace(system=bert), system)
+    text, q = torch.tensor([[1, 7, 9, 11, 2]]), system.qformer
+    with torch.no_grad():
+        bert.text.kind.weight.zero_()            # segments are not read here
+    torch.testing.assert_close(q.say(text), bert.text(text).tokens, rtol=1e-4, atol=1e-5)
+    for block in q.blocks:
+        assert torch.equal(block.mlp_query.up.weight, block.mlp.up.weight) and torch.equal(block.norm_query.weight, block.norm2.weight)
+    assert all(torch.equal(before[k], v) for k, v in q.state_dict().items() if "cross" in k or k == "query")
+    assert torch.equal(q.embed.weight[64:], before["embed.weight"][64:]) and not torch.equal(q.embed.weight[:64], before["embed.weight"][:64])
+    assert len(key_of(preset_of("blip2", "paper_opt"))) == 12

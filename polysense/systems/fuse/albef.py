@@ -37,7 +37,7 @@ from polysense.nn.build import build
 from polysense.nn.head import Absent, LinearBias
 from polysense.nn.norm import LayerNorm
 from polysense.nn.residual import Basic, Stem
-from polysense.nn.transformer import Transformer
+from polysense.nn.transformer import Transformer, UpperBlocks
 from polysense.objectives.distil import distilled_contrast, distilled_words
 from polysense.objectives.language import labels_of, next_token, token_log_likelihood
 from polysense.objectives.matching import matching_loss, matching_pairs, similarities
@@ -185,8 +185,9 @@ ANSWERING = ("vision.*", "text.*", "fusion.*", "answer.*")
 def bert(vocab: int, length: int, width: int, depth: int, heads: int, dropout: float = 0.0, cross: Attention.Config | None = None) -> Bert.Config:
     norm = LayerNorm.Config(eps=1e-12)
     block = PostNorm.Config(norm=norm, attn=Attention.Config(dropout=dropout), dropout=dropout, cross=cross)
+    kind = Transformer.Config if cross is None else UpperBlocks.Config
     return Bert.Config(vocab=vocab, length=length, norm_pre=norm, dropout=dropout,
-                       body=Transformer.Config(width=width, depth=depth, heads=heads, norm=None, block=block))
+                       body=kind(width=width, depth=depth, heads=heads, norm=None, block=block))
 
 
 def config(vision: ResNet.Config | ViT.Config, text: Bert.Config, depth: int, dim: int, *, mask: int, special: tuple[int, int, int], queue: int,
@@ -249,11 +250,13 @@ def view(size: int, least: float) -> AugmentOnlyPlan:
 
 
 def paper() -> Preset:
-    """ViT-B/16 (DeiT) and BERT-base, 30 epochs of 14M pictures with 512 pairs a batch (section 3.5)."""
+    """ViT-B/16 and BERT-base, whose first half becomes the text encoder and whose second the fusion encoder; 30 epochs of 14M pictures with 512 pairs
+    a batch (sections 3.1 and 3.5). The ViT should begin as a DeiT: read one from a published file."""
     norm, epoch = LayerNorm.Config(eps=1e-6), 14_100_000 // 512
     vision = ViT.Config(image_size=256, patch=16, body=Transformer.Config(width=768, depth=12, heads=12, norm=norm, block=PreNorm.Config(norm=norm)))
     return Preset(
-        data="coco_captions+vg+cc3m+sbu+cc12m",
+        data="coco_captions+vg+cc3m+sbu+cc12m", starts=tuple(Start(into=into, from_="bert", take=take, preset="paper") for into, take in (
+            ("text", "text"), ("fusion", "text.body"), ("words", "predict"))),
         feed=Feed(image=ImagePlan(size=256, fit="squash"), train_image=view(256, 0.2),
                   text=TextPlan(kind="wordpiece", vocab=30522, length=30)),
         config=config(vision, bert(30522, 512, 768, 6, 12, dropout=0.1), 6, 256, mask=103, special=(0, 101, 102), queue=65_536, ramp=epoch),

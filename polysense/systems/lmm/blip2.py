@@ -235,9 +235,9 @@ def eva() -> ViT.Config:
 
 
 def paper() -> Preset:
-    """Stage 1 with ViT-g: 250,000 steps of batch 1680 on 129M pictures (section 3.4)."""
+    """Stage 1 with ViT-g on a Q-Former that begins as BERT-base: 250,000 steps of batch 1680 on 129M pictures (section 3.4)."""
     return Preset(
-        data="coco_captions+vg+cc3m+cc12m+sbu+laion115m",
+        data="coco_captions+vg+cc3m+cc12m+sbu+laion115m", starts=(Start(into="qformer", from_="bert", take="text", preset="paper"),),
         config=BLIP2.Config(vision=eva(), layer=-1, norm=LayerNorm.Config(), start=101, end=102, decode=30522, words=WordHead.Config(vocab=30523),
                             qformer=QFormer.Config(source=1408, vocab=30523, dropout=0.1)),
         feed=Feed(image=ImagePlan(size=224, fit="squash"), train_image=ViewPlan(size=224, scale=(0.5, 1.0), flip=0.5),
