@@ -15,18 +15,18 @@ from polysense.objectives.health import effective_rank, feature_spread
 from polysense.proofs.arms import Arm, exam, read_all, train_arm
 from polysense.proofs.harness import Outcome
 from polysense.proofs.pool import kept, large
-from polysense.proofs.simclr import SCENES
+from polysense.proofs.simclr import SCENES, TOWER
 from polysense.systems.selfsup import simsiam
 from polysense.train.run import override
 
-STEPS, BATCH, RATE = 500, 64, 0.06
+STEPS, BATCH, RATE = 600, 128, 0.06
 METRIC, HIGHER_IS_BETTER = f"accuracy of 20 nearest neighbours on SimSiam's features, eight white shapes of 32 px, {STEPS} steps of {BATCH}", True
 DATA = "scenes:single, the large things of 4,000 white scenes without labels (their labels for the neighbours) and of 1,500 unseen"
 WHITE = f"{SCENES}&colours=white"
 
 
 def small() -> Preset:
-    return simsiam.tiny().but(**{"stages.0.steps": STEPS, "stages.0.batch_size": BATCH, "stages.0.optim.lr": RATE})
+    return simsiam.tiny().but(**{"config.backbone": TOWER, "stages.0.steps": STEPS, "stages.0.batch_size": BATCH, "stages.0.optim.lr": RATE})
 
 
 def measured(of: Arm, image: torch.Tensor) -> Arm:
