@@ -50,11 +50,11 @@ def smaller(preset: Preset) -> Preset:
     return preset.but(**{"config.encoder.body.width": 64, "config.encoder.body.depth": 3, "config.encoder.body.heads": 2})
 
 
-def small_clip(seed: int, steps: int = 120) -> Pipeline:
-    """Photographs of 32 px in patches of 4, so that its grid is the student's."""
+def small_clip(seed: int, steps: int = 120, told: Source | None = None) -> Pipeline:
+    """Photographs of 32 px in patches of 4, so that its grid is the student's. told: what it learns from, natural_captions."""
     plan = plain_clip(steps)
     plan = plan.but(config=plan.config.but(**pair(patch=4, width=48, depth=2)), **{"stages.0.batch_size": 64})
-    return train_arm("clip", plan, source("natural_captions"), needs=("image", "text"), seed=seed).subject
+    return train_arm("clip", plan, told or source("natural_captions"), needs=("image", "text"), seed=seed).subject
 
 
 def taught_by(preset: Preset, clip: Pipeline) -> Preset:
