@@ -2,7 +2,7 @@
 from typing import Any
 
 from polysense.nn.block import PostNorm, PreNorm
-from polysense.nn.head import Linear, Nothing
+from polysense.nn.head import Linear, NormLinear, Nothing
 from polysense.nn.norm import LayerNorm
 from polysense.nn.transformer import Transformer
 from polysense.towers.bert import Bert
@@ -22,6 +22,13 @@ def vit_body(width: int, depth: int, heads: int) -> Transformer.Config:
 def plain_vit(size: int, patch: int, width: int, depth: int, heads: int, **more: Any) -> ViT.Config:
     """timm's ViT as a tower; `more` are fields of ViT.Config."""
     return ViT.Config(image_size=size, patch=patch, body=vit_body(width, depth, heads), **more)
+
+
+def tuned_vit(base: ViT.Config, classes: int, drop_path: float) -> tuple[ViT.Config, NormLinear.Config]:
+    """A ViT as masked models are fine-tuned: the mean of the patches, the final norm behind it, a dense layer that begins small (He et al. 2022,
+    MAE, appendix A.1; Fang et al. 2023, EVA)."""
+    return (base.but(pool="mean", **{"body.norm": None, "body.drop_path": drop_path}),
+            NormLinear.Config(into=base.width, out=classes, std=2e-5))
 
 
 def bert(vocab: int, length: int, width: int, depth: int, heads: int) -> Bert.Config:

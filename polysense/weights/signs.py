@@ -55,6 +55,8 @@ SIGNS: dict[tuple[str, str], str] = {
     ("maskfeat", "slowfast"): r"pred_head\.projections\.0\.weight",
     ("data2vec_vision", "hf"): r"(data2vec_vision\.)?encoder\.relative_position_bias\.relative_position_bias_table",
     ("eva", "baai"): r"blocks\.0\.attn\.q_bias",
+    ("eva", "baai_classifier"): r"blocks\.0\.attn\.q_bias",
+    ("eva", "timm"): r"blocks\.0\.attn\.q_bias",
     ("cae", "official"): r"pretext_neck\.regressor_blocks\.0\.norm1_q\.weight",
     ("beit_3", "unilm"): r"beit3\.text_embed\.weight",
     ("beit_3", "unilm_retrieval"): r"language_head\.weight",

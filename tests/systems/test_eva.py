@@ -1,4 +1,6 @@
 """EVA's essence (Fang et al. 2023)."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ import polysense
 from polysense.base.catalogue import preset_of
 from polysense.base.errors import UserError
 from polysense.train.fit import fit
+from polysense.train.starts import carry
 
 recipe = polysense.load("eva")
 TOY = {"config.encoder.body.width": 24, "config.encoder.body.depth": 2, "config.encoder.body.heads": 2, "config.encoder.body.block.mlp.hidden": 48,
@@ -76,3 +79,36 @@ def test_it_learns_from_a_frozen_teacher_and_lends_its_kernels(eva, image):
     torch.testing.assert_close(eva.patches(8), eva.encoder.patch.weight.detach())
     with pytest.raises(UserError, match="one at least"):
         eva.patches(0)
+
+
+def test_fine_tuning_takes_the_encoder_over_and_puts_the_norm_behind_the_mean_of_the_patches(eva, image):
+    plan = preset_of("eva", "tiny_finetune").but(**{k.replace("encoder", "backbone"): v for k, v in TOY.items() if ".encoder." in k},
+                                                 **{"config.head.into": 24})
+    torch.manual_seed(0)
+    tuned = plan.config.build()
+    carry(plan.starts[0], SimpleNamespace(system=eva), tuned)
+    ours = tuned.backbone.state_dict()
+    assert all(torch.equal(v, ours[k]) for k, v in eva.encoder.state_dict().items() if not k.startswith("body.norm."))
+    assert not any(k.startswith("body.norm.") for k in ours) and float(tuned.head.out.weight.detach().std()) < 1e-4
+    tuned.eval()
+    mean = eva.encoder.body.layers(eva.encoder.embed(image)[0])[-1][:, 1:].mean(1)
+    torch.testing.assert_close(tuned.classify(image), tuned.head.out(F.layer_norm(mean, (24,), eps=1e-6)))
+    batch = {"image": image, "label": torch.tensor([0, 1, 14])}
+    steps = list(fit(tuned, plan.stages[0].but(steps=10, **{"optim.warmup": 0}), iter([batch] * 10)))
+    assert steps[-1].total < steps[0].total
+
+
+def test_fine_tuning_goes_over_imagenet_21k_as_released():
+    first, then, larger, clip = (preset_of("eva", p) for p in ("intermediate", "finetune", "finetune_560", "clip_finetune"))
+    assert [(s.from_, s.preset, s.take) for s in first.starts] == [("eva", "paper", "encoder")]
+    assert {(s.from_, s.preset) for s in then.starts} == {("eva", "intermediate")}
+    assert {s.into for s in then.starts} == {"backbone", "head.norm"}, "the norm behind the mean goes on, the classes are others"
+    of = [(p.stages[0].batch_size, p.stages[0].optim.lr, p.stages[0].optim.layer_decay, p.config.smoothing, p.config.mix.cutmix)
+          for p in (first, then, larger, clip)]
+    assert of == [(4096, 1e-4, 0.85, 0.1, 1.0), (512, 3e-5, 0.95, 0.3, 0.0), (512, 3e-5, 0.95, 0.3, 0.0), (1024, 3e-5, 0.9, 0.3, 0.0)]
+    assert not any(p.config.mix.mixup for p in (first, then, larger, clip))
+    assert first.stages[0].ema is None and then.stages[0].ema == 0.9999 and all(p.feed.train_image.erase == 0 for p in (first, then))
+    assert [p.feed.image.size for p in (first, then, larger, clip)] == [224, 336, 560, 224]
+    assert clip.feed.image.mean != then.feed.image.mean == (0.485, 0.456, 0.406)
+    with torch.device("meta"):
+        assert sum(p.numel() for p in then.config.build().parameters()) == pytest.approx(1.013e9, rel=1e-3)

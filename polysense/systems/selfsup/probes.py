@@ -24,7 +24,8 @@ from polysense.base.errors import UserError
 from polysense.base.system import AugmentPlan, Feed, ImagePlan, Optim, Preset, Spec, Stage, Start, ViewPlan, final
 from polysense.mechanisms.mixing import Mixing
 from polysense.nn.attentive import AttentiveHead, AttentivePool
-from polysense.nn.head import BatchLinear, LinearBias, NormLinear
+from polysense.nn.head import BatchLinear, LinearBias
+from polysense.towers.shapes import tuned_vit
 from polysense.towers.vit import ViT
 
 card = Card(
@@ -77,7 +78,7 @@ def finetune(preset: Preset) -> Preset:
     width = tower.width  # type: ignore[attr-defined]
     head: Spec = LinearBias.Config(into=width, out=classes, std=0.01)
     if isinstance(tower, ViT.Config):
-        tower, head = tower.but(pool="mean", **{"body.norm": None, "body.drop_path": 0.1}), NormLinear.Config(into=width, out=classes, std=2e-5)
+        tower, head = tuned_vit(tower, classes, 0.1)
     if is_paper(preset):
         epoch = EPOCH // 1024
         return bent(preset, tower, head, Stage(objective=Probes.losses, steps=100 * epoch, batch_size=1024, optim=Optim(
