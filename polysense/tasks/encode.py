@@ -56,13 +56,13 @@ def reader(system: Any, tokens: str) -> Callable[[Tensor], Tensor] | None:
         raise UserError(f"no features called {tokens!r}", f"they are {', '.join(READS)}")
     if tokens == "pooled":
         return None
-    tower = tower_of(system, "features")
+    tower = tower_of(system, "last")
     prefix, last = getattr(tower, "prefix", -1), 4 if tokens == "cls4" else 1
-    if tower is None or prefix < (tokens != "mean") or not hasattr(tower, "body") or len(tower.body.blocks) < last:
+    if tower is None or prefix < (tokens != "mean") or len(tower.body.blocks) < last:
         raise UserError(f"{type(system).__name__} has no tower with tokens for {tokens!r}", "take tokens=pooled")
 
     def read(image: Tensor) -> Tensor:
-        layers = [tower.body.norm(x) for x in tower.features(image)[-last:]]
+        layers = tower.last(image, last)
         first, rest = torch.cat([x[:, 0] for x in layers], 1), layers[-1][:, prefix:].mean(1)
         return {"mean": rest, "cls+mean": torch.cat([first, rest], 1)}.get(tokens, first)
     return read

@@ -15,7 +15,8 @@ from polysense.nn.position import fit_positions, sincos_2d
 from polysense.nn.transformer import Transformer
 from polysense.towers.encoded import Encoded, Tower
 
-POOLS, DENSES, PLACES = ("cls", "mean", "all", "none"), ("tokens", "values"), ("learned", "sincos", "none")
+POOLS, DENSES, PLACES = ("cls", "cls4", "mean", "all", "none"), ("tokens", "values"), ("learned", "sincos", "none")
+LAST = 4                                     # blocks that "cls4" reads
 
 Fill = tuple[Tensor, Tensor]                 # mask [B,N], True is hidden, and the token [1,1,D] that stands there instead
 
@@ -35,7 +36,8 @@ class ViT(Tower):
         channels: int = 3
         prefix: int = 1                      # learned tokens in front: the class token, then distillation tokens or registers
         pool: str = "cls"                    # pooled = "cls": the first token; "mean": of the patches; "all": of all tokens (FLIP);
-                                             # "none": all tokens, for a head that pools
+                                             # "none": all tokens, for a head that pools; "cls4": the first tokens of the last four blocks, each
+                                             # behind the final norm, side by side: [B,4D] for a head (DINO's linear protocol)
         patch_bias: str = "patch"            # "patch": the patch embedding has a bias; "": it has not (CLIP)
         norm_pre: Spec | None = None         # before the blocks (CLIP)
         stem: Spec | None = None             # a convolutional tower (ResNet.Config) whose last map is patched (hybrid)
@@ -49,9 +51,11 @@ class ViT(Tower):
 
     def __init__(self, c: Config):
         super().__init__()
-        if c.pool not in POOLS or c.dense not in DENSES or c.position not in PLACES or (c.pool == "cls" and not c.prefix):
+        if c.pool not in POOLS or c.dense not in DENSES or c.position not in PLACES or (c.pool.startswith("cls") and not c.prefix):
             raise UserError(f"pool={c.pool!r}, dense={c.dense!r}, position={c.position!r}, prefix={c.prefix} do not go together",
-                            f"pool is one of {POOLS}, dense of {DENSES}, position of {PLACES}, and 'cls' needs a prefix")
+                            f"pool is one of {POOLS}, dense of {DENSES}, position of {PLACES}, and 'cls' and 'cls4' need a prefix")
+        if c.pool == "cls4" and c.body.depth < LAST:
+            raise UserError(f"pool='cls4' reads {LAST} blocks, this tower has {c.body.depth}", "take pool=cls")
         self.stem = c.stem.build() if c.stem is not None else None
         stride, channels = (1, c.channels) if c.stem is None else (c.stem.stride, c.stem.width)  # type: ignore[attr-defined]
         if c.image_size % (c.patch * stride):
@@ -127,6 +131,9 @@ class ViT(Tower):
         """
         x, grid = self.embed(image, keep, fill)
         place = self.place(x, grid, keep)
+        if self.pool == "cls4":
+            last = self._behind(x, place, LAST)
+            return Encoded(tokens=last[-1], pooled=torch.cat([y[:, 0] for y in last], 1))
         at = torch.zeros(len(x), dtype=torch.long, device=x.device) if short and self.pool == "cls" and place is None else None
         x = self.body(x, at=at, position=place)
         return Encoded(tokens=x, pooled=self._pool(x))
@@ -143,6 +150,14 @@ class ViT(Tower):
         """image [B,C,H,W] -> the tokens [B,T,D] after each block, before the final norm."""
         x, grid = self.embed(image)
         return self.body.layers(x, position=self.place(x, grid))[1:]
+
+    def last(self, image: Tensor, count: int) -> list[Tensor]:
+        """image [B,C,H,W] -> the tokens [B,T,D] after each of the last `count` blocks, each behind the final norm (Caron et al. 2021, DINO)."""
+        x, grid = self.embed(image)
+        return self._behind(x, self.place(x, grid), count)
+
+    def _behind(self, x: Tensor, place: Any, count: int) -> list[Tensor]:
+        return [self.body.norm(y) for y in self.body.layers(x, position=place)[-count:]]
 
     def attention(self, image: Tensor) -> Tensor:
         """image [B,C,H,W] -> [B,heads,h,w]: how the first token of the last block attends to the patches; with the prefix it sums to one.

@@ -8,13 +8,15 @@ from polysense.base.catalogue import preset_of
 from polysense.base.errors import UserError
 from polysense.base.system import Optim
 from polysense.nn.head import BatchLinear
+from polysense.tasks.encode import reader
 from polysense.train.fit import fit
 from polysense.train.optim import groups, make_optimizer
 from polysense.train.run import override
+from polysense.train.schedule import factor
 from polysense.train.starts import carry
 
 recipe = polysense.load("probes")
-FROZEN = ("linear", "sgd", "attentive")
+FROZEN = ("linear", "sgd", "dino", "attentive")
 
 
 def plan_of(protocol="finetune", encoder="mae"):
@@ -25,7 +27,8 @@ def batch_of(plan, n=8):
     return fake_batch(plan, ("image", "label"), n=n)
 
 
-@pytest.mark.parametrize("protocol, encoder", [("linear", "mae"), ("attentive", "cae"), ("linear", "simclr"), ("sgd", "simclr")])
+@pytest.mark.parametrize("protocol, encoder", [("linear", "mae"), ("attentive", "cae"), ("linear", "simclr"), ("sgd", "simclr"),
+                                                ("dino", "dino")])
 def test_probing_leaves_every_bit_of_the_encoder(protocol, encoder):
     plan = plan_of(protocol, encoder)
     torch.manual_seed(0)
@@ -97,6 +100,70 @@ def test_linear_probes_are_those_of_their_papers():
     torch.testing.assert_close(head(x * 1000 + 5), head(x), rtol=1e-3, atol=1e-3)
 
 
+def test_dinos_probe_reads_the_class_tokens_of_four_blocks_each_behind_the_norm():
+    torch.manual_seed(0)
+    model = plan_of("dino").config.build().eval()
+    image, tower = torch.randn(2, 3, 64, 64), model.backbone
+    with torch.no_grad():
+        blocks = [tower.body.norm(x)[:, 0] for x in tower.features(image)]
+        said = torch.cat(blocks[-4:], 1)
+        assert said.shape == (2, 4 * tower.width) and not torch.allclose(blocks[-1], blocks[-2])
+        torch.testing.assert_close(model.classify(image), torch.nn.functional.linear(said, model.head.weight, model.head.bias))
+        torch.testing.assert_close(reader(model, "cls4")(image), said)
+        torch.testing.assert_close(model.encode_image(image), torch.nn.functional.normalize(said, dim=-1))
+        torch.testing.assert_close(tower(image).tokens[:, 0], blocks[-1])
+
+
+def test_no_gradient_reaches_the_encoder_of_dinos_probe():
+    plan = plan_of("dino", "dino")
+    model = plan.config.build()
+    model.choose_trainable(plan.stages[0].trainable)
+    model.train()
+    batch = batch_of(plan)
+    assert not model.backbone.training and not model.backbone.pooled(batch["image"]).requires_grad
+    model.losses(batch)["label"].backward()
+    assert {n for n, p in model.named_parameters() if p.grad is not None} == {"head.weight", "head.bias"}
+
+
+def test_dinos_rate_falls_on_a_cosine_from_a_thousandth_for_each_256_of_the_batch():
+    plan = preset_of("probes", "paper_dino")
+    stage, view = plan.stages[0], plan.feed.train_image
+    assert (stage.optim.name, stage.optim.momentum, stage.optim.weight_decay, stage.batch_size) == ("sgd", 0.9, 0.0, 1024)
+    assert stage.optim.lr == pytest.approx(0.001 * stage.batch_size / 256) and stage.steps == 100 * (1_281_167 // 1024)
+    for share, left in ((0, 1.0), (0.5, 0.5), (1, 0.0)):
+        assert factor(stage.optim, share * stage.steps, stage.steps) == pytest.approx(left, abs=1e-4)
+    assert (view.scale, view.flip, type(view).__name__) == ((0.08, 1.0), 0.5, "ViewPlan") and plan.config.mix.mixup == plan.config.mix.cutmix == 0
+    assert plan.config.head.into == 4 * 384 and plan.starts[0].take == "teacher.module.backbone"
+    swept = override(plan, {"optim.lr": 0.01})
+    assert swept.stages[0].optim.lr == 0.01 and recipe.protocol_of(swept) is recipe.dino
+
+
+def test_dinos_encoder_is_its_teacher():
+    plan = plan_of("dino", "dino")
+    torch.manual_seed(0)
+    lender, model = preset_of("dino").config.build(), plan.config.build()
+    lender.teacher.module["backbone"].cls += 1.0
+
+    class Run:
+        system = lender
+
+    carry(plan.starts[0], Run(), model)
+    assert torch.equal(model.backbone.cls, lender.teacher.module["backbone"].cls) and not torch.equal(model.backbone.cls, lender.backbone.cls)
+
+
+@pytest.mark.parametrize("name", recipe.PROTOCOLS)
+def test_a_preset_tells_its_protocol(name):
+    assert recipe.protocol_of(plan_of(name, "cae")) is recipe.PROTOCOLS[name]
+    assert plan_of("dino", "dino") == override(preset_of("probes"), {"protocol": "dino", "encoder": "dino"})
+
+
+def test_what_has_no_four_class_tokens_is_refused():
+    with pytest.raises(UserError, match="protocol=sgd"):
+        plan_of("dino", "simclr")
+    with pytest.raises(UserError, match="reads 4 blocks, this tower has 3"):
+        plan_of("dino").but(**{"config.backbone.body.depth": 3}).config.build()
+
+
 def test_lars_on_a_batch_norm_separates_what_can_be_separated_and_learns_nothing_of_random_labels():
     torch.manual_seed(0)
     label = torch.arange(240) % 3
@@ -120,13 +187,13 @@ def test_words_say_protocol_and_encoder_in_either_order():
             assert one.starts[0].from_ == encoder and one.feed.image == preset_of(encoder).feed.image
     with pytest.raises(UserError, match="no tokens that a query could look at"):
         plan_of("attentive", "simclr")
-    with pytest.raises(UserError, match="finetune, scratch, linear, sgd, attentive"):
+    with pytest.raises(UserError, match="finetune, scratch, linear, sgd, dino, attentive"):
         override(preset_of("probes"), {"protocol": "guess"})
 
 
 @pytest.mark.parametrize("protocol", recipe.PROTOCOLS)
 def test_every_protocol_learns(protocol):
-    plan = plan_of(protocol).but(**{"config.backbone.body.depth": 1, "config.backbone.body.drop_path": 0.0})
+    plan = plan_of(protocol).but(**{"config.backbone.body.depth": 4 if protocol == "dino" else 1, "config.backbone.body.drop_path": 0.0})
     torch.manual_seed(0)
     model, batch = plan.config.build(), batch_of(plan, 12)
     steps = list(fit(model, plan.stages[0].but(steps=12, batch_size=12, **{"optim.warmup": 0}), iter([batch] * 12)))

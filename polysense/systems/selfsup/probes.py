@@ -5,12 +5,14 @@
     scratch     the same without the encoder's weights: the control, at equal steps
     linear      a dense layer behind a batch norm without parameters; LARS, no decay (He et al. 2022, appendix A.1)
     sgd         a dense layer alone; SGD with a rate of 30, no decay (He et al. 2020, MoCo, section 4.1)
+    dino        a dense layer alone, on the class tokens of the last four blocks side by side; SGD with a rate of 0.001 for each 256 of the batch,
+                no decay (Caron et al. 2021, DINO, appendix F, and its released script)
     attentive   a learned query over the patches, then as `linear`, by SGD (Chen et al. 2022, CAE, section 4.2)
 
-In the last three the encoder is frozen: no gradient, eval mode, not a bit of it changes. `polysense train probes protocol=linear encoder=simclr`
-takes one of the protocols and another encoder, `--data` other labels (`...?n=500`: few). What needs no steps of its own (neighbours, logistic
-regression, ridge on few shots, the attentive probe on features in memory, how the features lie) sits beside it as exams, all in one:
-`polysense exam RUN probes`.
+In the last four the encoder is frozen: no gradient, eval mode, not a bit of it changes. `polysense train probes protocol=linear encoder=simclr`
+takes one of the protocols and another encoder, `optim.lr=0.01` another rate (DINO's authors try several and keep the best), `--data` other labels
+(`...?n=500`: few). What needs no steps of its own (neighbours, logistic regression, ridge on few shots, the attentive probe on features in memory,
+how the features lie) sits beside it as exams, all in one: `polysense exam RUN probes`.
 """
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +28,7 @@ from polysense.mechanisms.mixing import Mixing
 from polysense.nn.attentive import AttentiveHead, AttentivePool
 from polysense.nn.head import BatchLinear, LinearBias
 from polysense.towers.shapes import tuned_vit
-from polysense.towers.vit import ViT
+from polysense.towers.vit import LAST, ViT
 
 card = Card(
     name="Probes", paper="He et al., Masked Autoencoders Are Scalable Vision Learners, CVPR 2022 (appendix A.1)", arxiv="2111.06377", year=2022,
@@ -37,8 +39,8 @@ card = Card(
 PARAMETERS = 86_416_360                      # ViT-B/16 with a head of 1000 classes, without its fixed table of positions
 
 SLOTS = ("encoder", "backbone", "vision")    # where systems keep the image tower that they learn
-ENCODERS = ("mae", "cae", "beit", "beit_v2", "maskfeat", "data2vec_vision", "mvp", "eva", "mim_framework", "simclr", "moco", "simsiam", "supervised",
-            "clip")
+ENCODERS = ("mae", "dino", "cae", "beit", "beit_v2", "maskfeat", "data2vec_vision", "mvp", "eva", "mim_framework", "simclr", "moco", "simsiam",
+            "supervised", "clip")
 
 
 @final
@@ -53,7 +55,12 @@ class Probes(MixedClassifier):
 def whole(preset: Preset) -> Spec:
     """The tower as its own run has it, before a protocol bends it."""
     start = preset.starts[0] if preset.starts else None
-    return preset.config.backbone if start is None else getattr(preset_of(start.from_, start.preset).config, start.take)  # type: ignore[attr-defined]
+    return preset.config.backbone if start is None else lent(start)  # type: ignore[attr-defined]
+
+
+def lent(start: Start) -> Any:
+    """The tower that a Start takes. A teacher's ("teacher.module.backbone") is built as its student's."""
+    return getattr(preset_of(start.from_, start.preset).config, start.take.rpartition(".")[2])
 
 
 def classes_of(preset: Preset) -> int:
@@ -118,6 +125,15 @@ def sgd(preset: Preset) -> Preset:
     return probed(preset, tower, head, Optim(name="sgd", lr=30.0 if is_paper(preset) else 0.5), 256, 100, 0)
 
 
+def dino(preset: Preset) -> Preset:
+    """DINO: 100 epochs of batch 1024 on a cosine. UserError for a tower without a class token in each of four blocks."""
+    tower = whole(preset)
+    if not isinstance(tower, ViT.Config) or not tower.prefix or tower.body.depth < LAST or tower.body.norm is None:
+        raise UserError(f"{type(tower).__qualname__} has no class tokens behind its last {LAST} blocks", "take protocol=sgd, or the encoder of a ViT")
+    head = LinearBias.Config(into=LAST * tower.width, out=classes_of(preset))
+    return probed(preset, tower.but(pool="cls4"), head, Optim(name="sgd", lr=1e-3 * 1024 / 256 if is_paper(preset) else 0.02), 1024, 100, 0)
+
+
 def attentive(preset: Preset) -> Preset:
     """CAE: SGD with a rate of 0.4, 90 epochs of batch 8192. UserError for a tower without tokens."""
     tower = whole(preset)
@@ -129,21 +145,26 @@ def attentive(preset: Preset) -> Preset:
     return probed(preset, tower.but(pool="none"), head, Optim(name="sgd", lr=0.4), 8192, 90, 10)
 
 
-PROTOCOLS: dict[str, Callable[[Preset], Preset]] = {"finetune": finetune, "scratch": scratch, "linear": linear, "sgd": sgd, "attentive": attentive}
+PROTOCOLS: dict[str, Callable[[Preset], Preset]] = {"finetune": finetune, "scratch": scratch, "linear": linear, "sgd": sgd, "dino": dino,
+                                                       "attentive": attentive}
 
 
 def protocol_of(preset: Preset) -> Callable[[Preset], Preset]:
     """Which of them a preset follows, read off what stands in it."""
-    head, trains = preset.config.head, preset.stages[0].trainable  # type: ignore[attr-defined]
+    config, trains = preset.config, preset.stages[0].trainable
+    head, tower = config.head, config.backbone  # type: ignore[attr-defined]
     if trains == ("*",):
         return finetune if preset.starts else scratch
+    if isinstance(tower, ViT.Config) and tower.pool == "cls4":
+        return dino
     return attentive if isinstance(head, AttentiveHead.Config) else linear if isinstance(head, BatchLinear.Config) else sgd
 
 
 def on(preset: Preset, name: str) -> Preset:
-    """The same protocol on the encoder of the system `name`, whose pictures are read as there."""
+    """The same protocol on the encoder of the system `name`, of its teacher where that is what it reads, and pictures as there."""
     theirs = preset_of(name)
     slot = next((s for s in SLOTS if hasattr(theirs.config, s)), "")
+    slot = f"teacher.module.{slot}" if getattr(theirs.config, "reads", "") == "teacher" else slot
     plan: Any = theirs.feed.image
     view = ViewPlan(size=plan.size, scale=(0.6, 1.0), flip=0.5)
     protocol = protocol_of(preset)
@@ -154,7 +175,7 @@ Probes.choices = {"encoder": {name: partial(on, name=name) for name in ENCODERS}
 
 
 def preset(start: Start, classes: int, plan: ImagePlan, view: ViewPlan, data: str, protocol: Callable[[Preset], Preset]) -> Preset:
-    tower = getattr(preset_of(start.from_, start.preset).config, start.take)
+    tower = lent(start)
     empty = Probes.Config(backbone=tower, head=LinearBias.Config(into=tower.width, out=classes), mix=Mixing.Config(classes=classes))
     stage = Stage(objective=Probes.losses, steps=1, batch_size=1, optim=Optim(lr=1.0))
     return protocol(Preset(data=data, config=empty, stages=(stage,), starts=(start,), feed=Feed(image=plan, train_image=view)))
@@ -183,8 +204,17 @@ def tiny_attentive() -> Preset:
     return _tiny(attentive)
 
 
-def _paper(protocol: Callable[[Preset], Preset]) -> Preset:
-    return preset(Start(into="backbone", from_="mae", take="encoder", preset="vit_b_16"), 1000, ImagePlan(size=224, mean=MEAN, std=STD),
+def tiny_dino() -> Preset:
+    """The same encoder, frozen, under a dense layer on the class tokens of four blocks."""
+    return _tiny(dino)
+
+
+MAE_B, DINO_S = (Start(into="backbone", from_=f, take=t, preset=p) for f, t, p in (
+    ("mae", "encoder", "vit_b_16"), ("dino", "teacher.module.backbone", "paper")))
+
+
+def _paper(protocol: Callable[[Preset], Preset], start: Start = MAE_B) -> Preset:
+    return preset(start, 1000, ImagePlan(size=224, mean=MEAN, std=STD),
                   ViewPlan(size=224, scale=(0.08, 1.0), flip=0.5), "imagenet1k", protocol)
 
 
@@ -201,3 +231,8 @@ def paper_linear() -> Preset:
 def paper_attentive() -> Preset:
     """Attentive probe (Chen et al. 2022, CAE, appendix)."""
     return _paper(attentive)
+
+
+def paper_dino() -> Preset:
+    """Linear probe of DINO's ViT-S/16 (Caron et al. 2021, table 2): its teacher, four class tokens of 384."""
+    return _paper(dino, DINO_S)
