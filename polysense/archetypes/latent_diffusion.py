@@ -109,7 +109,8 @@ class LatentDiffusion(Denoiser):
         """text [B,L] -> images [B,3,size,size], about in [-1,1]; latents from torch's random numbers.
 
         control: `guidance` [] (1: none), `negative` [B,L] ids in place of the empty caption, `noise` [B,Z,h,w] to begin with, and what
-        the system `hears`. Raises UserError for anything else.
+        the system `hears`: what has two axes or more and as many rows as there are texts belongs to them row by row, a number or a vector
+        to all. Raises UserError for anything else.
         """
         if unknown := sorted(set(control) - {"guidance", "negative", "noise", *self.hears}):
             raise UserError(f"{type(self).__name__} does not hear {unknown[0]!r}",
@@ -123,7 +124,7 @@ class LatentDiffusion(Denoiser):
             weight = float(scale)
             if weight != 1.0:
                 context = torch.cat([self.context(self.empty(text) if negative is None else negative).expand_as(context), context])
-                given = {k: torch.cat([v, v]) if v.ndim and len(v) == len(text) else v for k, v in given.items()}
+                given = {k: torch.cat([v, v]) if v.ndim > 1 and len(v) == len(text) else v for k, v in given.items()}
                 given["worded"] = torch.arange(2 * len(text), device=z.device) >= len(text)
 
             def predict(z: Tensor, t: Tensor) -> Tensor:

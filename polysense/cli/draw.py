@@ -21,9 +21,16 @@ def generate(text: Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...
                                                             "stricter.  [default: the system's]")] = None,
              seed: Annotated[int, typer.Option(metavar="N", min=0, help="Another seed draws other pictures.")] = 0,
              hint: Annotated[list[str] | None, typer.Option(metavar="FILE", help="A map to follow (edges, depth, segments); one, or one for each "
-                                                            "text.")] = None,
+                                                            "text. A system that follows several kinds of map takes one of each kind.")] = None,
              extract: Annotated[str, typer.Option(metavar="MAP", help="The --hint files are photographs: take this map from them, canny (outlines) "
                                                   "or lines (straight ones).")] = "",
+             strength: Annotated[list[float] | None, typer.Option(metavar="X", help="How much the --hint counts: 1 as learned, 0 not at all, less "
+                                                                  "leaves more to the words. Where a system follows several kinds of map, give it "
+                                                                  "once, or once for each kind.")] = None,
+             guess: Annotated[bool, typer.Option("--guess", help="Let the --hint say what to draw: no text is needed, and coarse features of the map "
+                                                 "count more than fine ones. A --guidance of 3 to 5 suits.")] = False,
+             weighting: Annotated[bool, typer.Option("--weighting", help="Weigh the --hint by resolution, the coarser the more, on the side of the "
+                                                     "guidance that has words: for a map that says too much under a strong --guidance.")] = False,
              sampler: Annotated[str | None, typer.Option(metavar="NAME", help="ddpm, ddim, dpm or plms, in place of the preset's.")] = None,
              out: Annotated[Path, typer.Option(metavar="FILE.png", help="The sheet of all pictures to write.")] = Path("generated.png"),
              each: Annotated[Path | None, typer.Option(metavar="DIR", help="Write every picture by itself, too.")] = None,
@@ -34,6 +41,8 @@ def generate(text: Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...
     Examples
       polysense generate "a red circle" -m runs/latent_diffusion -n 9 --guidance 4 --out circles.png
       polysense generate "a red circle" "a blue star" -m runs/latent_diffusion --each drawn/
+      polysense generate "a red circle" -m runs/controlnet --hint photo.jpg --extract canny --strength 0.5
+      polysense generate -m runs/controlnet --hint outline.png --guess --guidance 4
       polysense generate -m runs/ddpm -n 16 --steps 100 --seed 1
     """
     import polysense
@@ -54,8 +63,8 @@ def generate(text: Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...
     texts = list(text or [])
     pipeline = polysense.open(model, system=system, layout=layout, device=device)
     with Bar("drawing", "pictures") as bar:
-        drawn = draw(pipeline, texts, count, steps=steps, guidance=guidance, seed=seed, hints=list(hint or []), extract=extract, sampler=sampler,
-                     progress=bar)
+        drawn = draw(pipeline, texts, count, steps=steps, guidance=guidance, seed=seed, hints=list(hint or []), extract=extract,
+                     strength=strength or [], guess=guess, weighting=weighting, sampler=sampler, progress=bar)
     with place(out) as beside:
         grid(drawn, count if len(texts) > 1 else 0).save(beside, "PNG")
     files: list[str] = []

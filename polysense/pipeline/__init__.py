@@ -241,7 +241,7 @@ class Pipeline(Clips, Talk, Texts):
         return [picture for batch in drawn for picture in to_pictures(batch, self._image_plan())]
 
     def generate(self, texts: str | Sequence[str] = (), count: int = 1, **options: Any) -> list[Image.Image]:
-        """`count` pictures of each text, or without words: see `pipeline.draw.generate` for steps, guidance, seed, hints, sampler."""
+        """`count` pictures of each text, or without words: see `pipeline.draw.generate` for steps, guidance, seed, hints, strength, sampler."""
         return generate(self, [texts] if isinstance(texts, str) else list(texts), count, **options)
 
     def segment(self, image: Any, points: Sequence[tuple[float, float]] = (), labels: Sequence[int] | None = None,

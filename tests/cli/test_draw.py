@@ -55,7 +55,8 @@ def test_equal_seeds_draw_equal_pictures_whatever_happened_before(run):
     ((), "-m"), (("-m", "nowhere"), "nowhere"), (("a circle", "-m", "RUN"), "without words"), (("-m", "RUN", "--guidance", "4"), "without words"),
     (("-m", "RUN", "--out", "x.gif"), ".png"), (("-m", "RUN", "--steps", "2000"), "between 1 and 1000"),
     (("-m", "RUN", "--hint", "no.png"), "no.png"),
-    (("-m", "RUN", "--sampler", "heun"), "ddpm"), (("  ", "-m", "RUN"), "empty")], ids=range(9))
+    (("-m", "RUN", "--sampler", "heun"), "ddpm"), (("  ", "-m", "RUN"), "empty"),
+    (("-m", "RUN", "--strength", "0.5"), "no control net"), (("-m", "RUN", "--guess"), "no control net")], ids=range(11))
 def test_mistakes_get_one_line(run, words, said, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["generate", *(str(run) if w == "RUN" else w for w in words)]) == 2
@@ -111,3 +112,35 @@ def test_words_become_pictures(painter, tmp_path, monkeypatch, capsys):
 def test_guidance_reaches_the_system(painter):
     one, two = (painter.generate("a red circle", steps=2, guidance=g)[0] for g in (1.0, 8.0))
     assert painter.generate("a red circle", steps=2, guidance=8.0)[0].tobytes() == two.tobytes() and one.size == (16, 16)
+
+
+def test_how_a_map_is_followed_reaches_the_system(tmp_path, monkeypatch, capsys):
+    """Through a stand-in for the system, which keeps what it hears."""
+    import torch
+
+    from polysense.base.catalogue import preset_of
+    from polysense.data.tokenizer import make_tokenizer
+    from polysense.pipeline import Pipeline
+
+    class Stand(torch.nn.Module):
+        hears, kinds, heard = ("hint", "strength", "guess", "weighting"), 2, list[dict]()
+
+        def generate_image(self, text, *, steps, **control):
+            self.heard.append(control)
+            return torch.zeros(len(text), 3, 8, 8)
+
+    stand, preset = Stand(), preset_of("controlnet").but(**{"feed.image.size": 8})
+    pipeline = Pipeline(stand, preset, make_tokenizer(preset.feed.text, ["a red circle"]), id="controlnet")
+    monkeypatch.setattr(polysense, "open", lambda *a, **k: pipeline)
+    monkeypatch.setattr(Pipeline, "can", lambda self, capability: capability == "generate_image")
+    Image.new("RGB", (8, 8), "white").save(tmp_path / "map.png")
+    words = ["-m", "any", "-n", "1", "--hint", str(tmp_path / "map.png"), "--hint", str(tmp_path / "map.png"), "--out", str(tmp_path / "a.png")]
+    assert main(["generate", "a red circle", *words, "--strength", "0.5", "--strength", "2", "--weighting"]) == 0
+    assert stand.heard[-1]["strength"].tolist() == [0.5, 2.0] and bool(stand.heard[-1]["weighting"]) and "guess" not in stand.heard[-1]
+    assert stand.heard[-1]["hint"].shape == (1, 6, 8, 8)
+    assert main(["generate", *words, "--guess", "--strength", "0.5"]) == 0, "no words needed"
+    assert bool(stand.heard[-1]["guess"]) and stand.heard[-1]["strength"].tolist() == 0.5 and "weighting" not in stand.heard[-1]
+    capsys.readouterr()
+    assert main(["generate", "a red circle", *words, *(["--strength", "1"] * 3)]) == 2
+    shown = capsys.readouterr().err.strip()
+    assert "3 strengths for 2 kinds of map" in shown and "\n" not in shown

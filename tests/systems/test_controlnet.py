@@ -1,4 +1,7 @@
 """ControlNet's essence (Zhang et al. 2023)."""
+from functools import cache
+
+import numpy as np
 import pytest
 import torch
 from fake import fake_batch
@@ -227,3 +230,61 @@ def test_a_map_from_a_file_steers_what_is_drawn(tmp_path):
             pipeline.generate("a red circle", **wrong)
     with pytest.raises(UserError, match="hints for"):
         pipeline.generate("a red circle", hints=[tmp_path / "map.png"] * 3)
+
+
+WHITE, DARK, HALF = (np.full((16, 16, 3), v, np.uint8) for v in (255, 0, 90))
+
+
+@cache
+def piped(kinds=1):
+    from polysense.data.tokenizer import make_tokenizer
+    from polysense.pipeline import Pipeline
+    words = SMALL.feed.text.but(vocab=64, length=10)
+    preset, tokenizer = SMALL.but(**{"feed.text": words}), make_tokenizer(words, ["a red circle", "a blue star"])
+    return Pipeline(loud(made(kinds=kinds)), preset, tokenizer, id="controlnet")
+
+
+def bytes_of(pipeline, texts=("a red circle",), **given):
+    return [p.tobytes() for p in pipeline.generate(texts, steps=1, guidance=3.0, **given)]
+
+
+def test_strength_guess_and_weighting_reach_the_system_from_the_pipeline(monkeypatch):
+    pipeline = piped()
+    plain, full = bytes_of(pipeline), bytes_of(pipeline, hints=[WHITE])
+    assert bytes_of(pipeline, hints=[WHITE], strength=0) == plain != full == bytes_of(pipeline, hints=[WHITE], strength=[1.0])
+    seen = {"full": full[0]} | {str(given): bytes_of(pipeline, hints=[WHITE], **given)[0] for given in (
+        {"strength": 0.5}, {"guess": True}, {"weighting": True})}
+    assert len(set(seen.values())) == len(seen), "each way of following draws another picture"
+    heard, steer = [], pipeline.system.steer
+    monkeypatch.setattr(pipeline.system, "steer", lambda control, *rest: heard.append(control) or steer(control, *rest))
+    bytes_of(pipeline, hints=[WHITE], strength=0.5, guess=True)
+    assert float(heard[0]["strength"]) == 0.5 and bool(heard[0]["guess"]) and "weighting" not in heard[0]
+
+
+def test_guess_needs_no_words():
+    pipeline = piped()
+    two = bytes_of(pipeline, (), hints=[WHITE, DARK], guess=True)
+    assert len(two) == 2 and two[0] != two[1] and two[0] != bytes_of(pipeline, hints=[WHITE], guess=True)[0]
+    with pytest.raises(UserError, match="what it is told"):
+        bytes_of(pipeline, (), hints=[WHITE])
+
+
+def test_each_kind_of_map_has_its_strength_however_many_texts_there_are():
+    pipeline = piped(kinds=2)
+    texts = ("a red circle", "a blue star")                # as many as kinds: strengths are no rows of the batch
+    second = bytes_of(pipeline, texts, hints=[WHITE, DARK], strength=[0, 1])
+    assert second == bytes_of(pipeline, texts, hints=[HALF, DARK], strength=[0, 1]) != bytes_of(pipeline, texts, hints=[WHITE, DARK], strength=[1, 0])
+    assert bytes_of(pipeline, texts, hints=[WHITE, DARK] * 2, strength=[0.3, 2]) == bytes_of(pipeline, texts, hints=[WHITE, DARK], strength=[0.3, 2])
+
+
+def test_strengths_that_fit_nothing_are_refused():
+    for given, said in (({"hints": [WHITE], "strength": [0.5, 0.5]}, "2 strengths for 1 kind of map"), ({"strength": 0.5}, "no map"),
+                        ({"guess": True}, "no map"), ({"hints": [WHITE], "strength": -1}, "strength of -1"),
+                        ({"hints": [WHITE], "strength": float("nan")}, "strength of nan")):
+        with pytest.raises(UserError, match=said):
+            bytes_of(piped(), **given)
+    for given, said in (({"hints": [WHITE, DARK], "strength": [1, 1, 1]}, "3 strengths for 2 kinds"), ({"hints": [WHITE]}, "2 kinds of map"),
+                        ({"hints": [WHITE], "guess": True, "texts": ()}, "2 kinds of map")):
+        with pytest.raises(UserError, match=said) as refused:
+            bytes_of(piped(kinds=2), **given)
+        assert refused.value.advice

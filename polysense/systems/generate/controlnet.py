@@ -88,6 +88,7 @@ class ControlNet(LatentDiffusion):
         super().__init__(c)
         if 2 ** (len(c.hint_widths) - 1) != c.vae.stride:
             raise UserError(f"hint_widths={c.hint_widths} shrink by {2 ** (len(c.hint_widths) - 1)}", f"the latents do by {c.vae.stride}")
+        self.kinds = c.kinds
         self.controls: Any = nn.ModuleList(Control(c.unet, c.hint_widths) for _ in range(c.kinds))
         self.after_start()
 
