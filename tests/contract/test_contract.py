@@ -18,6 +18,7 @@ from polysense.base.plan import Stage
 from polysense.base.protocols import CAPABILITIES, capabilities
 from polysense.base.spec import from_dict
 from polysense.base.system import System
+from polysense.data import source
 from polysense.train.starts import carry
 
 CARDS = polysense.catalogue()
@@ -138,6 +139,20 @@ def test_what_presets_stand_on_fits_them(name):
             if start.into and getattr(lent, start.take, lent) == getattr(plan.config, start.into, plan):
                 continue                                     # the very same part: nothing to build
             carry(start, SimpleNamespace(system=on_meta(start.from_, start.preset)), on_meta(name, preset))
+
+
+@pytest.mark.parametrize("name", list(CARDS))
+def test_heads_of_small_presets_know_all_classes_of_their_data(name):
+    for made in (preset_of(name, p) for p in CARDS[name].presets if p.startswith("tiny") and CARDS[name].family in ("backbone", "selfsup", "adapt")):
+        if not (made.data and hasattr(type(made.config), "owner") and hasattr(type(made.config).owner, "classify")):
+            continue
+        with torch.device("meta"):
+            system = made.config.build().eval()
+            try:
+                said = system.classify(torch.zeros(1, 3, made.feed.image.size, made.feed.image.size))
+            except UserError:
+                continue                     # this preset has no head for labels, and says so
+        assert said.shape[1] >= len(source(made.data).classes), made.data
 
 
 def test_weights_and_preset_survive_a_file(recipe, tmp_path):
