@@ -3,6 +3,8 @@
 A sequence shows a few words at random places among noise, then asks for them in order. Both networks see the same sequences; the score is the
 share of right words on sequences never seen. In the notes: perplexity on held-out captions beside a transformer of about as many weights. Rate and
 steps were chosen on another seed.
+
+As filed, it beats in the mean alone: one seed had not found the rule when its steps ended, and the interval holds zero.
 """
 from collections.abc import Iterator
 from dataclasses import dataclass
