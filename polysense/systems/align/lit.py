@@ -94,7 +94,8 @@ def tiny_uL() -> Preset:
 
 
 def paper() -> Preset:
-    """The public model of section 5.1: ViT-L/16 (ImageNet-21k AugReg), BERT-large, 60k steps of batch 16,384."""
+    """The public model of section 5.1: ViT-L/16 (ImageNet-21k AugReg), BERT-large, 60k steps of batch 16,384; AdamW where the authors have
+    Adafactor."""
     return Preset(
         data="yfcc100m_clip+cc12m", config=config(plain_vit(224, 16, 1024, 24, 16), bert(30_522, 512, 1024, 24, 16)),
         starts=(Start(into="vision", from_="vit", take="backbone", preset="large"),),

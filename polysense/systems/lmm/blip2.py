@@ -247,7 +247,10 @@ def paper() -> Preset:
 
 
 def paper_opt() -> Preset:
-    """Stage 2 with OPT-2.7B: 80,000 steps of batch 1920; captions behind "a photo of"."""
+    """Stage 2 with OPT-2.7B: 80,000 steps of batch 1920; captions behind "a photo of".
+
+    OPT is not taught to read here and no Start brings it, so a run of this preset keeps one that is frozen at random; a taught one comes with
+    a whole BLIP-2 by `polysense convert --layout hf` from its published files."""
     base, parts = paper(), ("vision", "norm_vision", "qformer")
     return base.but(
         starts=tuple(Start(into=n, from_="blip2", take=n, preset="paper") for n in parts),
@@ -259,7 +262,10 @@ def paper_opt() -> Preset:
 
 
 def paper_t5() -> Preset:
-    """Stage 2 with FlanT5-XL: 80,000 steps of batch 1520."""
+    """Stage 2 with FlanT5-XL: 80,000 steps of batch 1520.
+
+    FlanT5 is not taught to read here and no Start brings it, so a run of this preset keeps one that is frozen at random; a taught one comes with
+    a whole BLIP-2 by `polysense convert --layout hf` from its published files."""
     base = paper_opt()
     language = flan_t5(vocab=32128, width=2048, depth=24, heads=32, hidden=5120, dropout=0.1)
     return base.but(config=base.config.but(language=language, start=0, end=1, prompt=()), stages=(base.stages[0].but(batch_size=1520),),

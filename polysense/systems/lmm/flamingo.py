@@ -177,7 +177,10 @@ def tiny() -> Preset:
 
 def paper() -> Preset:
     """Flamingo-3B: gated layers before every block, M3W pages of at most 5 pictures and 256 tokens, constant lr, 500,000 steps (table 3). Pictures
-    are of 224 px, as CLIP reads them, in place of the 320 of the paper's tower."""
+    are of 224 px, as CLIP reads them, in place of the 320 of the paper's tower.
+
+    The language model is not taught to read here and no Start brings it, so a run of this preset keeps one that is frozen at random; a taught one
+    comes with a whole Idefics by `polysense convert --layout idefics` from its published files."""
     body = Transformer.Config(width=1024, depth=24, heads=16, block=PreNorm.Config(attn=Attention.Config(), mlp=MLP.Config(act="quick_gelu")))
     eye = ViT.Config(image_size=224, patch=14, body=body, patch_bias="", norm_pre=LayerNorm.Config(), dense="values", std=None)
     language = looking_llama(vocab=32064, length=2048, width=2048, depth=24, heads=16, hidden=5504, source=1024, every=1)

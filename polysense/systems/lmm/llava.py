@@ -79,7 +79,10 @@ def tiny() -> Preset:
 
 
 def paper() -> Preset:
-    """Vicuna-7B; CC3M filtered to 595K pairs, one pass of batch 128; then 158K conversations, three passes of batch 32 (section 4.2)."""
+    """Vicuna-7B; CC3M filtered to 595K pairs, one pass of batch 128; then 158K conversations, three passes of batch 32 (section 4.2).
+
+    Vicuna is not taught to read here and no Start brings it, so a run of this preset begins with a language model at random; a taught one comes with
+    a whole LLaVA by `polysense convert --layout official`, from files that hold CLIP's weights, too."""
     body = Transformer.Config(width=1024, depth=24, heads=16, block=PreNorm.Config(attn=Attention.Config(), mlp=MLP.Config(act="quick_gelu")))
     eye = ViT.Config(image_size=224, patch=14, body=body, patch_bias="", norm_pre=LayerNorm.Config(), dense="values", std=None)
     text = ChatPlan(kind="llama", vocab=32003, length=2048, image=32003, system=SYSTEM, user="Human:", assistant="Assistant:", stop="all",

@@ -147,7 +147,10 @@ def paper_align() -> Preset:
 
 
 def paper() -> Preset:
-    """Stage 2 on the connector of stage 1: one pass over 665K conversations in batches of 128; pictures are padded to squares (table 9)."""
+    """Stage 2 on the connector of stage 1: one pass over 665K conversations in batches of 128; pictures are padded to squares (table 9).
+
+    Vicuna is not taught to read here and no Start brings it, so a run of this preset begins with a language model at random; a taught one comes with
+    a whole LLaVA-1.5 by `polysense convert --layout hf` from its published files."""
     return _paper(Stage(name="instruct", objective=LLaVA15.instruct, trainable=("connector.*", "language.*"), steps=665_000 // 128, batch_size=128,
                         optim=Optim(lr=2e-5, warmup=156), checkpoint_activations=True), "pad", (ALIGNED,))
 
