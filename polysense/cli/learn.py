@@ -40,6 +40,9 @@ def train(id: Id,
           base: Annotated[Path | None, typer.Option(metavar="RUN", help="With --adapt: the run it goes onto; else the run that a system such as "
                                                   "coop stands on.  [default: the preset, trained once]")]
           = None,
+          begin: Annotated[list[str] | None, typer.Option(metavar="PART=RUN[:ITS_PART]", help="Let a part begin as that of a run of yours, or of a "
+                                                          "converted checkpoint, in place of what the preset stands on: "
+                                                          "vision=runs/clip:vision; several times for several.", show_default=False)] = None,
           no_preflight: Annotated[bool, typer.Option("--no-preflight", help="Skip the second of checks before the first step.")] = False,
           as_json: Json = False) -> None:
     """Train a system. What it learns stands in the run folder: weights, tokenizer, log, configuration.
@@ -56,6 +59,7 @@ def train(id: Id,
       polysense train clip optim.lr=5e-4 text.body.depth=6
       polysense train clip --out runs/clip --resume
       polysense train clip --adapt lora:rank=8,on="vision.*.q|v" --base runs/clip --data PHOTOS --out runs/mine
+      polysense train lit --begin vision=runs/seen:backbone --data PHOTOS
       torchrun --nproc-per-node 2 -m polysense train clip --out runs/clip
     """
     from polysense.base.catalogue import card_of
@@ -73,11 +77,13 @@ def train(id: Id,
         from polysense.train.folder import read_facts
 
         before = read_facts(out)
-        if before["system"] == id and not (preset or data or steps or changes):      # the folder knows its own plan
+        if before["system"] == id and not (preset or data or steps or changes or begin):      # the folder knows its own plan
             events = train_preset(id, from_dict(before["plan"]), card.needs, name=before["preset"], overrides=before["overrides"],
                                   split=before["split"], seed=before["seed"] if seed is None else seed, **options)
             return draw(events, id, minutes, as_json)
         seed = before["seed"] if seed is None else seed
+    if begin and (adapt or base):
+        raise UserError("--begin and --adapt or --base", "an adapter and a system such as coop stand on one run as a whole: say --base RUN alone")
     if base and not adapt:
         from polysense.base.catalogue import preset_of
         from polysense.train.adapting import standing
@@ -87,8 +93,8 @@ def train(id: Id,
         plan = plan.but(data=data) if data else plan
         plan = shortened(plan, steps) if steps is not None else plan
         return draw(train_preset(id, plan, card.needs, name=preset or "tiny", overrides=changes, seed=seed or 0, **options), id, minutes, as_json)
-    draw(run_of(id, preset or "tiny", data=data, steps=steps, overrides=changes, seed=seed or 0, adapt=adapt, base=base, **options),
-         id, minutes, as_json)
+    draw(run_of(id, preset or "tiny", data=data, steps=steps, overrides=changes, seed=seed or 0, adapt=adapt, base=base, begin=begin or (),
+                **options), id, minutes, as_json)
 
 
 def draw(events: Any, id: str, minutes: float | None, as_json: bool) -> None:

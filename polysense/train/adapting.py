@@ -75,6 +75,27 @@ def standing(id: str, plan: Preset, base: str | Path) -> Preset:
     return recipe.onto(plan, from_dict(facts["plan"]), start)
 
 
+def brought(plan: Preset, said: Iterable[str]) -> Preset:
+    """The plan with parts that begin as those of runs of yours.
+
+    said: "vision=runs/clip:vision" lets the part `vision` begin as the part `vision` of that run, "vision=runs/tower" as its whole system,
+    "=runs/mine" the whole system as that of a run; each takes the place of the Start of the same part, if the plan has one. Raises UserError for
+    what is no run; whether names and shapes fit shows when the system is built.
+    """
+    starts = {s.into: s for s in plan.starts}
+    for text in said:
+        into, eq, rest = text.partition("=")
+        if not eq or not rest:
+            raise UserError(f"cannot read {text!r} of --begin", "write PART=RUN or PART=RUN:ITS_PART, as in vision=runs/clip:vision")
+        where, take = rest, ""
+        if not Path(rest).expanduser().is_dir() and ":" in rest:
+            where, _, take = rest.rpartition(":")
+        folder = Path(where).expanduser().absolute()
+        facts = read_facts(folder)
+        starts[into] = RunStart(into=into, from_=facts["system"], take=take, preset=facts["preset"], folder=str(folder))
+    return plan.but(starts=tuple(starts.values()))
+
+
 def fingerprint(system: nn.Module, but: Iterable[str]) -> str:
     """Sixteen hex digits of everything in a system that its adapter does not hold: names, shapes, bytes."""
     h, left = hashlib.blake2b(digest_size=8), set(but)

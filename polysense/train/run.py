@@ -3,7 +3,7 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
@@ -18,7 +18,7 @@ from polysense.base.errors import UserError, need_extra
 from polysense.base.plan import Preset, Stage
 from polysense.base.system import System
 from polysense.train import checkpoint, starts
-from polysense.train.adapting import RunStart, adapted, save_adapter
+from polysense.train.adapting import RunStart, adapted, brought, save_adapter
 from polysense.train.events import Event, Finished, Noted, Saved, Started, Stepped
 from polysense.train.feeding import Feeding, SourceFeeding, Stream
 from polysense.train.fit import Step, fit, parameters
@@ -34,14 +34,15 @@ __all__ = ["Event", "Finished", "Noted", "Run", "Saved", "Started", "Stepped", "
 
 
 def train(system_id: str, preset: str = "tiny", *, data: str | None = None, steps: int | None = None, overrides: dict[str, Any] | None = None,
-          adapt: str | None = None, base: str | Path | None = None, **options: Any) -> Iterator[Event]:
+          adapt: str | None = None, base: str | Path | None = None, begin: Sequence[str] = (), **options: Any) -> Iterator[Event]:
     """Trains a system of the catalogue; iterate to the end. `options` are those of `train_preset`.
 
     data: sources joined by "+", in place of the preset's. steps: total, in place of the preset's; schedules span the new number.
     overrides: dotted changes (see `override`). adapt: a mechanism to train on the frozen system (see adapting.py), base: the run that it goes onto;
-    by default the preset's own, trained once. Raises UserError for anything the user can mend, `Diverged` where training broke down.
+    by default the preset's own, trained once. begin: "vision=runs/clip:vision", parts that begin as those of runs of yours (see `brought`). Raises
+    UserError for anything the user can mend, `Diverged` where training broke down.
     """
-    plan = override(preset_of(system_id, preset), overrides or {})
+    plan = brought(override(preset_of(system_id, preset), overrides or {}), begin)
     if not issubclass(plan.config.owner, System):
         raise UserError(f"{system_id} is an agent: it has no weights to train", f'use it: polysense agent {system_id} PHOTO --ask "..."')
     plan = adapted(system_id, preset, plan, adapt, base) if adapt else plan
@@ -120,20 +121,20 @@ def train_preset(id: str, preset: Preset, needs: Iterable[str], *, name: str = "
             yield Finished(id, folder.path, sum(s.steps for s in preset.stages), {}, 0.0, 0, folder.weights)
             return
         bases: list[Run] = []
-        for start in preset.starts:
-            bases.append((yield from base_of(start, id, folder, depth, here, {"device": device, "parallel": parallel, "workers": workers})))
-        if asked and isinstance(feeding, SourceFeeding):
-            judge = yield from base_of(asked, id, folder, depth, here, {"device": device, "parallel": parallel, "workers": workers})
-            yield Noted(id, folder.path, feeding.judged(judge))
         sitting = Sitting(id, name, preset, tuple(needs), folder, seed, here, checkpoint_every, log_every, time_budget_s)
-        sitting.prepare(feeding, bases)
-        if preflight and not sitting.step:
-            try:
+        try:
+            for start in preset.starts:
+                bases.append((yield from base_of(start, id, folder, depth, here, {"device": device, "parallel": parallel, "workers": workers})))
+            if asked and isinstance(feeding, SourceFeeding):
+                judge = yield from base_of(asked, id, folder, depth, here, {"device": device, "parallel": parallel, "workers": workers})
+                yield Noted(id, folder.path, feeding.judged(judge))
+            sitting.prepare(feeding, bases)
+            if preflight and not sitting.step:
                 yield Noted(id, folder.path, sitting.doubted())
-            except UserError:
-                if here.first and not before:            # a run that never began leaves nothing behind
-                    shutil.rmtree(folder.path, ignore_errors=True)
-                raise
+        except UserError:
+            if here.first and not before:                # a run that never began leaves nothing behind
+                shutil.rmtree(folder.path, ignore_errors=True)
+            raise
         with Board(folder.path, sitting.step, here.first, wandb, facts) as sitting.board:
             yield from sitting.go()
 

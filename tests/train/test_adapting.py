@@ -134,3 +134,24 @@ def test_what_cannot_be_adapted_is_refused_before_anything_is_trained(base, tmp_
         assert wrong in capsys.readouterr().err
     assert run("train", "slip", "--adapt", "lora", "--base", base, *PREPARED, "--out", tmp_path / "run") == 2
     assert "is a run of clip" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_part_begins_as_that_of_another_run(base, tmp_path, capsys):
+    still = ["optim.lr=1e-12", "optim.weight_decay=0.0"]
+    words = ["train", "clip", "--preset", "tiny_vit", *SMALL, *PREPARED, *still, "--seed", 5, "--steps", 1, "--out", tmp_path / "mine"]
+    assert run(*words, "--begin", f"vision={base}:vision") == 0
+    before, after = load_file(base / "weights.safetensors"), load_file(tmp_path / "mine" / "weights.safetensors")
+    near = {k: torch.allclose(before[k], after[k], atol=1e-6) for k in before if before[k].is_floating_point()}
+    assert all(v for k, v in near.items() if k.startswith("vision.")) and not near["text.embed.weight"]
+    assert json.loads((tmp_path / "mine" / "run.json").read_text())["plan"]["starts"][0]["folder"] == str(base)
+    assert run("train", "clip", "--out", tmp_path / "mine", "--resume") == 0             # it knows what it stands on
+
+    assert run(*words[:-1], tmp_path / "whole", "--begin", f"={base}") == 0
+    whole = load_file(tmp_path / "whole" / "weights.safetensors")
+    assert all(torch.allclose(before[k], whole[k], atol=1e-6) for k in before if before[k].is_floating_point())
+    capsys.readouterr()
+    for said, wrong in (("vision", "cannot read 'vision'"), (f"vision={tmp_path / 'nowhere'}", "nowhere"), (f"vision={base}:text", "vision"),
+                        (f"eyes={base}:vision", "nothing called eyes")):
+        assert run(*words[:-1], tmp_path / "refused", "--begin", said) == 2
+        assert wrong in capsys.readouterr().err and not (tmp_path / "refused" / "weights.safetensors").exists()
+    assert run(*words[:-1], tmp_path / "refused", "--begin", f"vision={base}", "--base", base) == 2
