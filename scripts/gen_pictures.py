@@ -385,10 +385,9 @@ BY_CAPABILITY: dict[str, Callable[[Any, str], list[Row]]] = {
 
 def rows_of(model: Any, data: str) -> list[Row]:
     kind = KINDS.get(model.id) or next((f for k, f in BY_CAPABILITY.items() if model.can(k)), None)
-    kind = learned_alone if card_of(model.id).family == "selfsup" else kind
     if kind is None:
         raise SystemExit(f"{model.id}: no kind of picture fits what it can do")
-    return kind(model, data)
+    return (learned_alone if card_of(model.id).family == "selfsup" else kind)(model, data)
 
 
 # -- paper --------------------------------------------------------------------------------------------------------------------------------
