@@ -26,7 +26,7 @@ def photos(preset: Preset, count: int, seed: int, part: str = "test") -> tuple[T
 
 def unseen_of(count: int, seed: int, part: str = "test") -> Source:
     """The photographs that nobody trains on; part "dev": 800 training photographs that `photos` leaves out, for choosing sizes."""
-    return Subset(rest_of(source(PHOTOS), count, seed), range(800)) if part == "dev" else source(PHOTOS, split="test")
+    return Subset(rest_of(source(PHOTOS), count, seed), range(800), "dev") if part == "dev" else source(PHOTOS, split="test")
 
 
 def mirrored(image: Tensor, size: int, seed: int) -> Iterator[Batch]:
