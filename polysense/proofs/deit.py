@@ -1,8 +1,8 @@
 """A transformer that sees few pictures learns more from them with a convolutional teacher beside the labels.
 
 The teacher, a small ResNet, sees the same 3,000 pictures and labels as the students. Both students are the same network with two tokens and two
-heads, on the same batches; without a teacher both heads learn the label. Steps and rate were chosen on the first 2,000 test pictures of a fixed
-shuffle; the scores are taken on the others.
+heads, on the same batches; without a teacher both heads learn the label. Fewer steps left both students hardly trained, on the first 2,000 test
+pictures of a fixed shuffle; the sizes that are set are larger and have not been tried to their end. The scores are taken on the other pictures.
 """
 import torch
 import torch.nn.functional as F

@@ -1,7 +1,7 @@
 """The upper half of a transformer's blocks is most of what full tuning gains over a new head alone.
 
 A ViT of four blocks that learned to read digits in drawn scenes is carried to handwritten ones with 1,000 labels: the head alone, the last block, the
-last two, norms alone, everything; for as many steps.
+last two, norms alone, everything; for as many steps. Tried once on validation pictures, the last two blocks regain less than is asked.
 """
 import time
 from typing import Any
