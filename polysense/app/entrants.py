@@ -149,12 +149,11 @@ def lend(ours: Preset, reference: Preset, image: bool, text: bool) -> tuple[Pres
                 continue
             lent[kind] = mine, getattr(before, "width", 0), getattr(after, "width", 0)
     both = len(lent) == 2 or not (tower_of(config, "image") and tower_of(config, "text"))
-    for head in HEADS:
-        if both and hasattr(config, head) and hasattr(reference.config, head):
-            config = config.but(**{head: getattr(reference.config, head)})
+    heads = {h for h in HEADS if both and type(getattr(config, h, None)) is type(getattr(reference.config, h, 0))}
+    config = config.but(**{h: getattr(reference.config, h) for h in heads})      # a head of another kind makes a recipe itself
     for _, before, after in lent.values():
         if before != after:
-            config = widened(config, before, after, {n for n, *_ in lent.values()} | (set(HEADS) if both else set()))
+            config = widened(config, before, after, {n for n, *_ in lent.values()} | heads)
     if "image" in lent:
         feed = pictures_like(feed, reference.feed)
     if "text" in lent and feed.text is not None and type(feed.text) is type(reference.feed.text):
@@ -162,16 +161,19 @@ def lend(ours: Preset, reference: Preset, image: bool, text: bool) -> tuple[Pres
     return ours.but(config=config, feed=feed), missing
 
 
-def widened(config: Any, before: int, after: int, but: set[str]) -> Any:
-    """What reads a tower's pooled feature, of width `before` so far (`into`, or the first of `widths`), reads `after`."""
+def widened(config: Any, before: int, after: int, but: Iterable[str] = ()) -> Any:
+    """Whatever reads a tower's features, of width `before` so far, reads `after`, at any depth: a head's `into`, the `source` of cross-attention,
+    the width that an MLP with an output of its own takes, the first of `widths`."""
     for f in fields(config):
         value = getattr(config, f.name)
-        if f.name in but or not isinstance(value, Spec):
+        if f.name in but:
             continue
-        if getattr(value, "into", None) == before:
-            config = config.but(**{f"{f.name}.into": after})
-        if (widths := getattr(value, "widths", ())) and widths[0] == before:
-            config = config.but(**{f"{f.name}.widths": (after, *widths[1:])})
+        if isinstance(value, Spec):
+            config = config.but(**{f.name: widened(value, before, after)})
+        elif value == before and (f.name in ("into", "source") or (f.name == "width" and getattr(config, "out", 0) and hasattr(config, "hidden"))):
+            config = config.but(**{f.name: after})
+        elif f.name == "widths" and value and value[0] == before:
+            config = config.but(widths=(after, *value[1:]))
     return config
 
 

@@ -128,7 +128,8 @@ def _checked(value: Any, hint: Any, path: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not _fits(value, hint):
-        raise UserError(f"{path}={value!r} has the wrong type", f"expected {getattr(hint, '__name__', None) or hint}")
+        given = f"a {type(value).__qualname__}" if isinstance(value, Spec) else repr(value)      # a whole tower would fill the screen
+        raise UserError(f"{path}={given} has the wrong type", f"expected {getattr(hint, '__qualname__', None) or hint}")
     return tuple(cast(list[Any], value)) if isinstance(value, list) else value
 
 

@@ -251,3 +251,17 @@ def test_the_command(first, capsys):
     assert main([*words, "--json"]) == 0 and json.loads(capsys.readouterr().out)["table"] == told.table
     assert main(["compare", "clip", "slip", "--data", "digits"]) == 2 and "budget" in capsys.readouterr().err
     assert main(["compare", "--help"]) == 0 and "--vary objective=" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("id", ["cappa", "nclip_xclip"])
+def test_what_reads_a_shared_tower_is_made_to_its_width(words, id):
+    reference = entrant("clip:tiny_vit", {"config.vision.body.depth": 1, "config.text.body.depth": 1})
+    assert entrant(id, {}).plan.config.vision.width != reference.plan.config.vision.width
+    out = shared(entrant(id, {}), reference, words)
+    assert not out.why and not out.notes and out.plan.config.vision == reference.plan.config.vision
+
+
+def test_stair_keeps_the_towers_that_give_every_token_and_the_note_is_short(words):
+    out = shared(entrant("stair", {}), entrant("clip:tiny_vit", {}), words)
+    assert not out.why and out.plan.config == entrant("stair", {}).plan.config
+    assert len(out.notes) == 1 and "every" in out.notes[0] and len(out.notes[0]) < 300

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from polysense.archetypes.dual_encoder import DualEncoder
 from polysense.base.card import Card
+from polysense.base.errors import UserError
 from polysense.base.system import After, Batch, Feed, ImagePlan, Losses, Optim, Part, Preset, Spec, Stage, TextPlan, ViewPlan, final
 from polysense.decoders.words import WordHead
 from polysense.objectives.contrastive import info_nce
@@ -79,6 +80,9 @@ class STAIR(DualEncoder):
         ramp: float = 0.3                    # share of a stage in which the FLOPS terms reach their weights, quadratically
 
     def __init__(self, c: Config):
+        if getattr(c.vision, "pool", "") != "none" or not isinstance(c.text, EveryToken.Config):
+            raise UserError("STAIR takes the maximum over every token of a picture and of a text, and these towers give one feature",
+                            "give it a ViT with pool='none' and a text tower in EveryToken")
         super().__init__(c)
         self.special, self.rise = c.special, c.ramp
         self.register_buffer("ramp", torch.tensor(0.01))
