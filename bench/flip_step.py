@@ -5,16 +5,14 @@
 ViT-B/16 at 224 pixels (196 patches), forward and backward through FLIP's own path. Steps are interleaved, the median is taken, only ratios count.
 """
 import argparse
-import json
 import os
-import statistics
 import time
 from pathlib import Path
 
 import torch
+from filing import PROOFS, goal, medians, write
 
 from polysense.nn.masking import masking_by
-from polysense.proofs.harness import commit, machine
 from polysense.systems.align import flip
 
 
@@ -22,7 +20,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--json", type=Path, default=Path("docs/proofs/bench_flip_step.json"))
+    parser.add_argument("--json", type=Path, default=PROOFS / "bench_flip_step.json")
     args = parser.parse_args()
     torch.manual_seed(0)
     system = flip.config(224, 16, (768, 12, 12), (64, 1, 1), 512, 100, 12, 0.5).build().train()
@@ -38,14 +36,11 @@ def main() -> None:
             if round_:                       # the first round warms up
                 seconds[name].append(time.perf_counter() - start)
             system.zero_grad(set_to_none=True)
-    median = {name: statistics.median(v) for name, v in seconds.items()}
+    median = medians(seconds)
     ratios = {f"whole / {name}": median["whole"] / median[name] for name in ("half", "quarter")}
-    result = {"what": "FLIP: picture tower, forward and backward; how many times as fast as on whole pictures", "batch": args.batch,
-              "machine": machine(), "commit": commit(), "seconds": median, "ratios": ratios}
-    for name, value in [*median.items(), *ratios.items()]:
-        print(f"{name:20s} {value:8.2f}")
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(result, indent=1) + "\n")
+    write(args.json, what="FLIP: seconds of the picture tower, forward and backward; how many times as fast as on whole pictures",
+          settings={"batch": args.batch, "rounds": args.rounds}, seconds=median, ratios=ratios,
+          goals={"whole / half": goal(ratios["whole / half"], least=1.7), "whole / quarter": goal(ratios["whole / quarter"], least=2.5)})
 
 
 if __name__ == "__main__":

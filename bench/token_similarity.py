@@ -6,7 +6,6 @@
 peak of resident memory above its start is what is reported.
 """
 import argparse
-import json
 import multiprocessing
 import resource
 import time
@@ -15,9 +14,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from filing import PROOFS, goal, write
 
 from polysense.objectives.tokenwise import token_nce
-from polysense.proofs.harness import commit, machine
 
 PATCHES, WORDS, WIDTH, SCALE = 196, 32, 64, 14.3
 
@@ -60,18 +59,20 @@ def alone(form: str, batch: int) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--json", type=Path, default=Path("docs/proofs/bench_token_similarity.json"))
+    parser.add_argument("--json", type=Path, default=PROOFS / "bench_token_similarity.json")
     args = parser.parse_args()
     tiled, whole = alone("tiled", args.batch), alone("dense", args.batch)
     twice = alone("tiled", 2 * args.batch)
     apart = max(float(abs(a - b).max() / abs(b).max()) for a, b in zip(tiled[3:], whole[3:], strict=True))
-    result = {"what": "FILIP's contrast in tiles; MB beyond what was held before, seconds forward and backward", "batch": args.batch,
-              "machine": machine(), "commit": commit(), "MB": {"tiled": tiled[0], "dense": whole[0], "tiled, twice the batch": twice[0]},
-              "seconds": {"tiled": tiled[1], "dense": whole[1]}, "loss": {"tiled": tiled[2], "dense": whole[2]},
-              "largest difference of the gradients, relative": apart}
-    print(json.dumps({k: v for k, v in result.items() if k not in ("machine", "what")}, indent=1))
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(result, indent=1) + "\n")
+    ratios = {"memory, dense / tiled": whole[0] / tiled[0], "memory, tiled: twice the batch / the batch": twice[0] / tiled[0],
+              "time, dense / tiled": whole[1] / tiled[1]}
+    write(args.json, what="FILIP's contrast in tiles: seconds forward and backward; memory beyond what was held before",
+          settings={"batch": args.batch, "patches": PATCHES, "words": WORDS, "width": WIDTH}, ratios=ratios,
+          seconds={"tiled": tiled[1], "dense": whole[1]},
+          goals={"memory, tiled: twice the batch / the batch": goal(ratios["memory, tiled: twice the batch / the batch"], most=2.0),
+                 "largest difference of the gradients, relative": goal(apart, most=1e-4)},
+          notes={
+              "MB, tiled": tiled[0], "MB, dense": whole[0], "MB, tiled, twice the batch": twice[0], "loss, tiled": tiled[2], "loss, dense": whole[2]})
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ MARK = "<!-- written by scripts/gen_docs.py (make docs): edit the source, not th
 
 
 def main() -> int:
-    pages = command_pages() | {"catalogue.md": catalogue_page(), "speed.md": speed_page()} | system_pages()
+    pages = command_pages() | {"catalogue.md": catalogue_page(), "speed.md": speed_page(), "comparisons.md": comparisons_page()} | system_pages()
     for folder in ("commands", "systems"):
         (DOCS / folder).mkdir(exist_ok=True)
         for old in (DOCS / folder).glob("*.md"):
@@ -247,6 +247,42 @@ def numbers(filed: dict[str, Any]) -> list[str]:
         if isinstance(values, dict):
             out += [f"| {title} | |", "|---|---|", *(f"| {cell(k)} | {v:.3g} |" for k, v in values.items()), ""]
     return out
+
+
+# -- comparisons --------------------------------------------------------------------------------------------------------------------------
+
+def comparisons_page() -> str:
+    """Every filed run of `polysense compare`: what docs/compared/NAME.md says of it, its command, the ranking in each exam, and its tables."""
+    from polysense.app.compare import Comparison
+
+    out = [MARK, "# Comparisons", "", "Filed runs of [`polysense compare`](commands/polysense-compare.md): every system with the same towers, data "
+           "order and budget, and the same exams. Every command gives its table again.", ""]
+    for path in sorted((DOCS / "compared").glob("*.json")):
+        made, words = Comparison(**json.loads(path.read_text(encoding="utf-8"))), path.with_suffix(".md").read_text(encoding="utf-8").strip()
+        tables = made.markdown().partition("\n")[2].strip().replace("\n## ", "\n### ")
+        out += [words, "", "```bash", command(made.facts), "```", "", "### Rankings", "", *rankings(made), "", tables, ""]
+    return "\n".join(out)
+
+
+def command(facts: dict[str, Any]) -> str:
+    budget = facts["budget"].replace(",", "").split()
+    changes = [f"{k}={json.dumps(v) if isinstance(v, bool) else v}" for k, v in facts["changes"].items()]
+    vary = [f"--vary {k}={','.join(map(str, v))}" for k, v in facts["vary"]]
+    systems = facts["systems"] if not vary else [facts["of"]]
+    return " ".join(["polysense compare", *systems, *changes, "--data", facts["data"], *vary, f"--{budget[1]} {budget[0]}",
+                     f"--seeds {len(facts['seeds'])} --exams {','.join(facts['exams'])} --probe {facts['probe']}"])
+
+
+def rankings(made: Any) -> list[str]:
+    """One line an exam, the best first; those that a paired test tells apart from the reference carry a sign."""
+    out = []
+    for slot in made.slots:
+        rows = sorted((r for r in made.table if slot in r["scores"]), key=lambda r: -r["scores"][slot]["value"])
+        chance = next((r["scores"][slot]["chance"] for r in rows), None)
+        sign = lambda g: "" if not g or g["p_holm"] > 0.05 else " (+)" if g["value"] > 0 else " (-)"
+        line = ", ".join(f"{r['system']} {r['scores'][slot]['value']:.3f}{sign(r['scores'][slot].get('gap'))}" for r in rows)
+        out.append(f"- **{slot}**: {line}" + (f"; chance {chance:.3f}." if chance is not None else "."))
+    return [*out, "", f"(+) and (-): better and worse than {made.facts['reference']}, p below 0.05 after Holm's correction."]
 
 
 if __name__ == "__main__":

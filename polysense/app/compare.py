@@ -105,8 +105,9 @@ def compare(systems: Sequence[str], data: str, budget: Budget, *, seeds: int | S
     for n, (seed, e) in enumerate((s, e) for s in numbers for e in fit):         # seed by seed, so that a stopped comparison is a fair one
         say(f"[{n + 1}/{len(fit) * len(numbers)}] {e.label}, seed {seed}: {budget}")
         met[e.label].append(one_run(e, folder / "runs" / f"{safe(e.label)}-s{seed}", seed, budget, field_, points, device, workers, say))
-    facts = {"systems": [e.label for e in fit], "reference": fit[0].label, "data": data, "split": split, "budget": str(budget), "seeds": numbers,
-             "exams": asked, "batch_size": fit[0].plan.stages[0].batch_size,
+    facts = {"of": " ".join(systems), "systems": [e.label for e in fit], "reference": fit[0].label, "data": data, "split": split,
+             "budget": str(budget), "seeds": numbers, "exams": asked, "probe": probe, "changes": overrides or {},
+             "vary": [[k, list(v)] for k, v in vary], "batch_size": fit[0].plan.stages[0].batch_size,
              "plans": {e.label: e.plan.digest() for e in fit}, **about()}
     result = Comparison(facts, [str(s) for s in field_.slots], rows(fit, field_.slots, met), {}, costs(met),
                         {e.label: e.why for e in entrants if e.why}, {e.label: e.notes for e in fit if e.notes})

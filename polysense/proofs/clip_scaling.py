@@ -24,7 +24,7 @@ from polysense.towers.clip import body, vit_pair
 from polysense.train.judging import RunJudge
 
 METRIC, HIGHER_IS_BETTER = "how far the largest run lies from its prediction, as a share of its error", False
-DATA = "scenes of one thing of six colours and shapes (4,000 told, a fifth of them wrongly; 1,000 others tested)"
+DATA = "scenes of one large thing of four colours and shapes (4,000 told, a fifth of them wrongly; 1,000 others tested)"
 WIDTHS, SEEN, NOISE, VOCAB, LENGTH = (32, 64), (12_800, 25_600, 51_200), 0.2, 200, 12
 
 

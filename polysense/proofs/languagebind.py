@@ -25,7 +25,7 @@ from polysense.train.starts import carry
 
 METRIC, HIGHER_IS_BETTER = "accuracy of spoken digits classified by text prompts (10 classes)", True
 DATA = "fsdd (2,250 recordings with the names of digits to learn, 100 for the test); CLIP on 5,000 pictures of mnist with sentences"
-CLIP_STEPS, STEPS, PICTURES = 200, 300, 500
+CLIP_STEPS, STEPS, PICTURES = 200, 800, 500
 NEEDS = ("text", "audio")
 
 
