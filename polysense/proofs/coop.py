@@ -22,7 +22,7 @@ from polysense.towers.clip import body, vit_pair
 
 METRIC, HIGHER_IS_BETTER = "accuracy among 49 kinds of products, from 16 photographs a kind", True
 DATA = "fashion_products (CLIP learns from 5,000 with titles, contexts from the rest; tested on dev)"
-TOLD, STEPS, LEARN, SHOTS, VOCAB, LENGTH, CONTEXT = 5000, 250, 100, (1, 4, 16), 2048, 32, 8
+TOLD, STEPS, LEARN, SHOTS, VOCAB, LENGTH, CONTEXT = 5000, 250, 600, (1, 4, 16), 2048, 32, 8
 PAIR = vit_pair(SIZE, 8, body(96, 3, 3), body(96, 2, 3), 96, vocab=VOCAB, length=LENGTH, end=2)
 
 

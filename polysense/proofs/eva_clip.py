@@ -23,7 +23,7 @@ from polysense.train.starts import carry
 
 METRIC, HIGHER_IS_BETTER = "zero-shot accuracy on handwritten digits after equal time", True
 DATA = "mnist (4,000 pictures with sentences, 16 patches each; 2,000 for the test)"
-TEACHER_STEPS, TEACH, TUNE = 200, 6.0, 6.0
+TEACHER_STEPS, TEACH, TUNE = 200, 20.0, 25.0
 NEEDS = ("image", "text")
 TOWER = eva02(SIZE, 7, 96, 3, 3, grid=4)
 

@@ -16,7 +16,7 @@ from polysense.systems.align import nclip_xclip as recipe
 
 METRIC, HIGHER_IS_BETTER = "zero-shot accuracy on handwritten digits, xCLIP", True
 DATA = "mnist (6,000 pictures with sentences; 2,000 for the test)"
-STEPS, CLUSTERS = 130, 256
+STEPS, CLUSTERS = 250, 256
 
 
 def plan(**weights: float) -> Preset:

@@ -1,4 +1,6 @@
 """nCLIP's and xCLIP's essence (Zhou et al. 2023); the closed forms of the terms stand in tests/objectives/test_tokenwise.py."""
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,8 @@ HEADS = ("image_head", "text_head", "log_scale")
 @pytest.fixture()
 def system():
     torch.manual_seed(0)
-    return preset_of("nclip_xclip").config.but(**{"image_clusters.out": 32, "text_clusters.out": 32}).build()
+    few = recipe.clusters(128, 64, 32)
+    return preset_of("nclip_xclip").config.but(image_clusters=few, text_clusters=few).build()
 
 
 @pytest.fixture(scope="module")
@@ -79,4 +82,16 @@ def test_nclip_trains_towers_and_cluster_heads_alone():
     for name in ("tiny_nclip", "paper_nclip"):
         stage = preset_of("nclip_xclip", name).stages[0]
         assert dict(stage.weights)["contrast"] == 0 and not any(t.startswith(HEADS) or t == "*" for t in stage.trainable)
-    assert preset_of("nclip_xclip", "paper").config.image_clusters.out == 32_768
+    assert preset_of("nclip_xclip", "paper").config.image_clusters.widths[-1] == 32_768
+
+
+def test_equal_doubt_of_all_clusters_is_left(system, batch):
+    """While pictures and texts do not agree, all terms but the last pull the logits to zero; the norm of the heads does not let them go."""
+    optimizer = torch.optim.AdamW(system.parameters(), lr=1e-3)
+    for _ in range(40):
+        optimizer.zero_grad()
+        losses = system.compare_clusters(system.embed_clusters(batch))
+        losses.total(recipe.weights_of(1.0, 0.0)).backward()
+        optimizer.step()
+    seen = system.embed_clusters(batch)
+    assert float(seen["image_logits"].detach().std()) > 0.95 and losses["sure"].item() < 0.85 * math.log(32)
