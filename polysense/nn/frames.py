@@ -10,6 +10,7 @@ from polysense.nn.attention import Attention
 from polysense.nn.block import PreNorm
 from polysense.nn.build import build
 from polysense.nn.cache import LayerCache
+from polysense.nn.transformer import Transformer
 
 
 class FrameBlock(PreNorm):
@@ -49,3 +50,8 @@ class FrameBlock(PreNorm):
         """As PreNorm.forward, on x [B T,N,D]."""
         return super().forward(self.over_time(x), source, mask=mask, source_mask=source_mask, causal=causal, cache=cache, position=position,
                                query=None if query is None else self.over_time(query))
+
+
+def over_time(of: Transformer.Config, frames: int) -> Transformer.Config:
+    """CLIP's transformer with a look along `frames` frames before every block."""
+    return of.but(block=FrameBlock.Config(attn=Attention.Config(), mlp=of.block.mlp, norm=of.block.norm, frames=frames))  # type: ignore[union-attr]

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 import polysense
 from polysense.base.catalogue import preset_of
 from polysense.base.errors import UserError
+from polysense.towers import lenet
 
 recipe = polysense.load("lenet5")
 
@@ -36,7 +37,7 @@ def test_sizes_of_the_maps(net):
 
 
 def test_subsampling_averages_scales_shifts_and_squashes():
-    layer = recipe.Subsample.Config(width=3).build()
+    layer = lenet.Subsample.Config(width=3).build()
     with torch.no_grad():
         layer.coefficient.copy_(torch.tensor([0.5, 1.0, -2.0]))
         layer.bias.copy_(torch.tensor([0.1, 0.0, 0.3]))
@@ -49,23 +50,23 @@ def test_subsampling_averages_scales_shifts_and_squashes():
 
 
 def test_squashing_keeps_plus_and_minus_one():
-    torch.testing.assert_close(recipe.squash(torch.tensor([-1.0, 1.0])), torch.tensor([-1.0, 1.0]), rtol=0, atol=1e-4)
+    torch.testing.assert_close(lenet.squash(torch.tensor([-1.0, 1.0])), torch.tensor([-1.0, 1.0]), rtol=0, atol=1e-4)
 
 
 def test_the_table_has_sixty_connections_of_the_published_kinds(net):
-    sizes = [len(row) for row in recipe.TABLE]
+    sizes = [len(row) for row in lenet.TABLE]
     assert sizes == [3] * 6 + [4] * 9 + [6] and sum(sizes) == 60
 
     def contiguous(row):
         return any({(s + k) % 6 for k in range(len(row))} == set(row) for s in range(6))
-    assert all(contiguous(r) for r in recipe.TABLE[:12]) and not any(contiguous(r) for r in recipe.TABLE[12:15])
-    heard = torch.tensor([[i in row for i in range(6)] for row in recipe.TABLE])
+    assert all(contiguous(r) for r in lenet.TABLE[:12]) and not any(contiguous(r) for r in lenet.TABLE[12:15])
+    heard = torch.tensor([[i in row for i in range(6)] for row in lenet.TABLE])
     weight = net.backbone.c3.weight
     assert torch.equal(weight.abs().flatten(2).sum(-1) > 0, heard) and int((~heard).sum()) == 36
 
 
 def test_no_gradient_flows_through_a_missing_connection(net):
-    heard = torch.tensor([[i in row for i in range(6)] for row in recipe.TABLE])
+    heard = torch.tensor([[i in row for i in range(6)] for row in lenet.TABLE])
     x = torch.randn(1, 6, 14, 14, requires_grad=True)
     for o in range(16):
         grad = torch.autograd.grad(net.backbone.c3(x)[:, o].sum(), x)[0].abs().sum((0, 2, 3))

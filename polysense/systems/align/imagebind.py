@@ -21,25 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from polysense.archetypes.senses import Bound, SenseSpace
 from polysense.base.card import Card
 from polysense.base.errors import UserError
-from polysense.base.system import (
-    AudioPlan,
-    Batch,
-    Feed,
-    ImagePlan,
-    Losses,
-    Optim,
-    Part,
-    Preset,
-    Spec,
-    Stage,
-    Start,
-    System,
-    TextPlan,
-    VideoPlan,
-    final,
-)
+from polysense.base.plan import AudioPlan, ImagePlan, TextPlan, VideoPlan
+from polysense.base.system import Batch, Feed, Losses, Optim, Preset, Spec, Stage, Start, final
 from polysense.nn.attention import BiasAttention
 from polysense.nn.block import PreNorm
 from polysense.nn.head import Linear
@@ -69,29 +55,8 @@ weights = {"official": imagebind_official.LAYOUT}
 SENSES = ("audio", "depth", "thermal", "imu")
 
 
-class Bound(Part):
-    """One modality: its tower, a linear head, dropout before it, and the fixed factor that its unit vectors leave with."""
-
-    @dataclass(frozen=True, kw_only=True)
-    class Config(Spec):
-        tower: ModalViT.Config
-        head: Spec
-        scale: float
-        dropout: float = 0.0
-
-    def __init__(self, c: Config):
-        super().__init__()
-        self.tower, self.head, self.dropout = c.tower.build(), c.head.build(), c.dropout
-        self.log_scale: Tensor
-        self.register_buffer("log_scale", torch.tensor(log(c.scale)))
-
-    def forward(self, given: Tensor) -> Tensor:
-        """-> [B,D], unit norm."""
-        return F.normalize(self.head(F.dropout(self.tower.pooled(given), self.dropout, self.training)).float(), dim=-1)
-
-
 @final
-class ImageBind(System):
+class ImageBind(SenseSpace):
     @dataclass(frozen=True, kw_only=True)
     class Config(Spec):
         vision: ModalViT.Config
@@ -104,6 +69,8 @@ class ImageBind(System):
         imu: Bound.Config | None = None
         clip_samples: int = 32_000           # of sound, in one clip: two seconds
         clips: int = 3                       # of a longer sound, evenly over it, averaged
+
+    SENSES = SENSES
 
     def __init__(self, c: Config):
         super().__init__()
@@ -128,32 +95,16 @@ class ImageBind(System):
             raise UserError("the batch holds nothing to bind to its pictures", f"give one of {', '.join(SENSES)}")
         return Losses(**{s: info_nce(image, getattr(self, f"encode_{s}")(batch[s]), self.sense(s).log_scale.exp()) for s in found})
 
-    def sense(self, name: str) -> Bound:
-        """The tower of a modality. UserError where this configuration has none."""
-        found = getattr(self, name) if name in SENSES else None
-        if found is None:
-            able = [s for s in SENSES if getattr(self, s) is not None]
-            raise UserError(f"this ImageBind has no tower for {name}", f"it binds {', '.join(able) or 'nothing'}")
-        return found
-
     def encode_image(self, image: Tensor) -> Tensor:
         """image [B,3,H,W] -> [B,D], unit norm: a clip that stands still."""
-        if image.ndim != 4:
-            raise UserError(f"an image tensor of shape {list(image.shape)}", "it should be [B,3,H,W]")
-        return F.normalize(self.image_head(self.vision.pooled(image)).float(), dim=-1)
+        return F.normalize(self.image_head(self.vision.pooled(self.checked("image", image))).float(), dim=-1)
 
     def encode_video(self, video: Tensor) -> Tensor:
         """video [B,T,3,H,W] -> [B,D], unit norm: the mean over its clips of two frames; an odd last frame is repeated."""
-        if video.ndim != 5 or not video.shape[1]:
-            raise UserError(f"a video of shape {list(video.shape)}", "it should be [B, T, 3, H, W] with at least one frame")
-        lacking = -video.shape[1] % self.frames
+        lacking = -self.checked("video", video).shape[1] % self.frames
         clips = torch.cat([video, video[:, -1:].expand(-1, lacking, -1, -1, -1)], 1).unflatten(1, (-1, self.frames))
         each = F.normalize(self.image_head(self.vision.pooled(clips.flatten(0, 1))).float(), dim=-1)
         return F.normalize(each.unflatten(0, clips.shape[:2]).mean(1), dim=-1)
-
-    def encode_text(self, text: Tensor) -> Tensor:
-        """text [B,L] token ids -> [B,D], unit norm."""
-        return F.normalize(self.text_head(self.text.pooled(text)).float(), dim=-1)
 
     def encode_audio(self, audio: Tensor) -> Tensor:
         """audio [B,S] at 16 kHz -> [B,D], unit norm: one clip, silence behind a shorter one; longer sounds as `clips` clips, averaged."""
@@ -165,14 +116,6 @@ class ImageBind(System):
         clips = torch.stack([audio[:, s:s + self.clip_samples] for s in start], 1)
         each = self.sense("audio")(clips.flatten(0, 1)).unflatten(0, clips.shape[:2])
         return F.normalize(each.mean(1), dim=-1)
-
-    def encode_depth(self, depth: Tensor) -> Tensor:
-        """depth [B,1,H,W] -> [B,D], unit norm."""
-        return self.sense("depth")(depth)
-
-    def encode_thermal(self, thermal: Tensor) -> Tensor:
-        """thermal [B,1,H,W] -> [B,D], unit norm."""
-        return self.sense("thermal")(thermal)
 
     def encode_imu(self, imu: Tensor) -> Tensor:
         """imu [B,6,S] -> [B,D], unit norm."""

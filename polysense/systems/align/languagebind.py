@@ -12,95 +12,46 @@ video the same places in every frame. Depth is cut at so many metres and heat ta
 front, middle and back are the channels; a video is frames whose blocks look along time before they look around, and are averaged. A clip may come
 with several texts of different origin, of which training draws one (`data.text_views`). Where there is no video tower, frames are read as pictures.
 """
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import log
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from polysense.archetypes.senses import Sense, SenseSpace, plane, sense
 from polysense.base.card import Card
 from polysense.base.errors import UserError
 from polysense.base.plan import AudioPlan, VideoPlan
-from polysense.base.system import After, Batch, Feed, ImagePlan, Losses, Optim, Part, Preset, Spec, Stage, Start, System, TextPlan, final
-from polysense.mechanisms.lora import LowRank
-from polysense.mechanisms.mask_sampler import RandomMask
-from polysense.nn.attention import Attention
-from polysense.nn.frames import FrameBlock
+from polysense.base.system import After, Batch, Feed, ImagePlan, Losses, Optim, Preset, Spec, Stage, Start, TextPlan, final
+from polysense.nn.frames import over_time
 from polysense.nn.head import Linear
 from polysense.nn.mel import MelChunks
-from polysense.nn.norm import LayerNorm
 from polysense.nn.planes import ThreeChannels
-from polysense.nn.tokens import PlaneTokens
 from polysense.nn.transformer import Transformer
 from polysense.objectives.contrastive import info_nce
 from polysense.towers.clip import body, image_tower
 from polysense.towers.clip_text import ClipText
-from polysense.towers.modal import ModalViT
 from polysense.weights import languagebind_hf
 
 card = Card(
-    name="LanguageBind", paper="Zhu et al., LanguageBind: Extending Video-Language Pretraining to N-modality by Language-based Semantic Alignment, "
-    "ICLR 2024", arxiv="2310.01852", year=2024,
+    name="LanguageBind", arxiv="2310.01852", year=2024, paper="Zhu et al., LanguageBind: Extending Video-Language Pretraining to N-modality by "
+    "Language-based Semantic Alignment, ICLR 2024",
     says="Puts sound, video, depth and heat into the space of texts, learning each from its own captions beside a frozen text tower.",
-    needs=("text", "audio|video|depth|thermal"),
+    needs=("text", "audio|video|depth|thermal"), official="PKU-YuanGroup/LanguageBind",
     can=("encode_image", "encode_text", "encode_patches", "encode_video", "encode_audio", "encode_depth", "encode_thermal"),
-    official="PKU-YuanGroup/LanguageBind",
 )
 
 PARAMETERS = 731_975_938                     # paper(): CLIP ViT-L/14 427.6M, the tower of depth 303.2M, its head and updates; no total is published
 
 weights = {"hf": languagebind_hf.LAYOUT}
-
 LEARNED = ("video", "audio", "depth", "thermal")
 SENSES = ("image", *LEARNED)
 
 
-class Sense(Part):
-    """One modality: its tower with its updates, a linear head, a temperature of its own, and how many of its patches are hidden in training."""
-
-    @dataclass(frozen=True, kw_only=True)
-    class Config(Spec):
-        tower: Spec
-        head: Spec
-        sampler: RandomMask.Config = field(default_factory=lambda: RandomMask.Config(ratio=0.0))
-        adapter: LowRank | None = None       # on the tower; None: no updates
-        scale: float = 1 / 0.07
-
-    def __init__(self, c: Config):
-        super().__init__()
-        self.tower, self.head, self.sampler = c.tower.build(), c.head.build(), c.sampler.build()
-        self.log_scale = nn.Parameter(torch.tensor(log(c.scale)))
-        if c.adapter is not None:
-            c.adapter.put(self.tower)
-
-    @property
-    def scale(self) -> Tensor:
-        """exp(log_scale), at most 100; the clamp passes gradient at the bound."""
-        return self.log_scale.clamp(max=log(100.0)).exp()
-
-    def forward(self, given: Tensor) -> Tensor:
-        """-> [B,D], unit norm, of everything."""
-        return F.normalize(self.head(self.pooled(given, None)).float(), dim=-1)
-
-    def part(self, given: Tensor) -> Tensor:
-        """The same of the patches that the sampler leaves."""
-        grid = self.tower.grid_of(given.flatten(0, given.ndim - 4) if given.ndim > 4 else given)
-        keep = self.sampler(len(given), grid, given.device).keep if self.sampler.ratio else None
-        return F.normalize(self.head(self.pooled(given, keep)).float(), dim=-1)
-
-    def pooled(self, given: Tensor, keep: Tensor | None) -> Tensor:
-        """[B,W], below the head. Frames of clips [B,T,...] see the same places, and are averaged."""
-        if given.ndim < 5:
-            return self.tower(given, keep=keep, short=True).pooled
-        frames = self.tower(given.flatten(0, 1), keep=None if keep is None else keep.repeat_interleave(given.shape[1], 0), short=True).pooled
-        return frames.unflatten(0, given.shape[:2]).mean(1)
-
-
 @final
-class LanguageBind(System):
+class LanguageBind(SenseSpace):
     @dataclass(frozen=True, kw_only=True)
     class Config(Spec):
         text: ClipText.Config
@@ -111,19 +62,13 @@ class LanguageBind(System):
         depth: Sense.Config | None = None
         thermal: Sense.Config | None = None
 
+    SENSES = SENSES
+
     def __init__(self, c: Config):
         super().__init__()
         self.text, self.text_head = c.text.build(), c.text_head.build()
         self.image, self.video, self.audio, self.depth, self.thermal = (
             s.build() if s else None for s in (c.image, c.video, c.audio, c.depth, c.thermal))
-
-    def sense(self, name: str) -> Sense:
-        """The tower of a modality. UserError where this configuration has none."""
-        found = getattr(self, name) if name in SENSES else None
-        if found is None:
-            able = [s for s in SENSES if getattr(self, s) is not None]
-            raise UserError(f"this LanguageBind has no tower for {name}", f"it has one for {', '.join(able) or 'nothing'}")
-        return found
 
     @property
     def scale(self) -> Tensor:
@@ -143,17 +88,6 @@ class LanguageBind(System):
         """One symmetric InfoNCE between each modality and its texts, at its own temperature."""
         return Losses(**{s: info_nce(seen[s], seen["text"], self.sense(s).scale) for s in LEARNED if s in seen})
 
-    def checked(self, name: str, given: Tensor) -> Tensor:
-        """given, or UserError for another number of axes than the modality has."""
-        shape = {"video": "B T 3 H W", "audio": "B S"}.get(name, "B C H W")
-        if given.ndim != len(shape.split()) or not given.shape[1]:
-            raise UserError(f"{name} of shape {list(given.shape)}", f"it should be [{shape}], nothing of it empty")
-        return given
-
-    def encode_text(self, text: Tensor) -> Tensor:
-        """text [B,L] token ids -> [B,D], unit norm."""
-        return F.normalize(self.text_head(self.text.pooled(text)).float(), dim=-1)
-
     def encode_image(self, image: Tensor) -> Tensor:
         """image [B,3,H,W] -> [B,D], unit norm."""
         return self.sense("image")(self.checked("image", image))
@@ -171,43 +105,11 @@ class LanguageBind(System):
         """audio [B,S] at 16 kHz -> [B,D], unit norm."""
         return self.sense("audio")(self.checked("audio", audio))
 
-    def encode_depth(self, depth: Tensor) -> Tensor:
-        """depth [B,1,H,W] -> [B,D], unit norm."""
-        return self.sense("depth")(self.checked("depth", depth))
-
-    def encode_thermal(self, thermal: Tensor) -> Tensor:
-        """thermal [B,1,H,W] -> [B,D], unit norm."""
-        return self.sense("thermal")(self.checked("thermal", thermal))
-
-    @torch.no_grad()
-    def doubts(self, batch: Batch) -> Iterator[str]:
-        """Texts that differ and are one point all the same."""
-        said = self.eval().encode_text(batch["text"]) if "text" in batch else torch.zeros(0)
-        if len(said) and bool((batch["text"] != batch["text"][:1]).any()) and float((said - said[:1]).abs().max()) < 1e-6:
-            yield "every text of a batch has the same feature: does the tower pool the right token?"
-
     @torch.no_grad()
     def after_step(self, after: After) -> None:
         for name in LEARNED:
             if (own := getattr(self, name)) is not None:
                 own.log_scale.clamp_(max=log(100.0))
-
-
-def sense(tower: Any, dim: int, *, rank: int = 0, alpha: float = 16.0, ratio: float = 0.0, on: str = "*.attn.q|k|v|out") -> Sense.Config:
-    """rank=0: no updates."""
-    return Sense.Config(tower=tower, head=Linear.Config(into=tower.width, out=dim), sampler=RandomMask.Config(ratio=ratio),
-                        adapter=LowRank(rank=rank, alpha=alpha, on=on) if rank else None)
-
-
-def plane(of: Transformer.Config, size: tuple[int, int], patch: int, front: Spec) -> ModalViT.Config:
-    """CLIP's image tower over a plane of `size` that `front` makes of the modality."""
-    return ModalViT.Config(front=front, body=of, norm_pre=LayerNorm.Config(), tokens=PlaneTokens.Config(
-        size=size, kernel=patch, stride=patch, channels=3))
-
-
-def over_time(of: Transformer.Config, frames: int) -> Transformer.Config:
-    """CLIP's transformer with a look along `frames` frames before every block."""
-    return of.but(block=FrameBlock.Config(attn=Attention.Config(), mlp=of.block.mlp, norm=of.block.norm, frames=frames))  # type: ignore[union-attr]
 
 
 def clip(size: int, patch: int, image: Transformer.Config, text: Transformer.Config, dim: int, vocab: int = 49_408, length: int = 77,
@@ -239,8 +141,7 @@ HERE = clip(64, 8, SMALL, body(192, 3, 3), 192, vocab=4096, length=48, end=2)
 
 
 def tiny() -> Preset:
-    """Sounds of five seconds on `clip` tiny_vit: three pieces of half the length, of 64 bins. A spectrogram is far from photographs and the run is
-    short, so what surrounds the blocks learns at half the rate."""
+    """Sounds of five seconds on `clip` tiny_vit. A spectrogram is far from photographs: what surrounds the blocks learns at half the rate."""
     mel = MelChunks.Config(bins=64, frames=128, hop=0.02, std=4.569)
     own = sense(plane(SMALL, (64, 128), 8, mel), 192, rank=8, ratio=0.3)
     return Preset(
