@@ -5,7 +5,8 @@ the names of their digits, beside the frozen text tower: with updates of rank tw
 nothing hidden. Recordings never heard are classified by text prompts; asked is four times chance, and no more than three points less than full
 tuning. How often the nearest picture shows the digit that was said, though no sound ever met a picture, is noted. Maps of distance of drawn scenes,
 another such test, would need a CLIP of drawn scenes and are left out for the time that takes. Sizes are those of ImageBind's
-proof; the number of steps was raised on held-out training recordings.
+proof; the number of steps was raised on held-out training recordings. As filed, low rank is far above chance and, in the mean over seeds, a little
+further than three points behind full tuning.
 """
 from types import SimpleNamespace
 from typing import Any

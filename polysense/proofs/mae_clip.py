@@ -13,11 +13,11 @@ from polysense.systems.align import mae_clip
 
 METRIC, HIGHER_IS_BETTER = "gain of MAE-CLIP over CLIP, linear probe on cifar10, trained on 400 pairs", True
 DATA = "fashion_products (400 and 6,000 pairs), probed on cifar10 (2,000 train, 2,000 test)"
-STEPS, FEW, MORE = 100, 400, 6000
+STEPS, FEW, MORE = 150, 400, 6000
 
 
 def plan(pixels: float, words: float) -> Preset:
-    config = mae_clip.config(SIZE, 4, (96, 3, 3), (96, 2, 3), (48, 1, 2), 96, VOCAB, LENGTH, 4, (0, 1, 2), pool="mean")
+    config = mae_clip.config(SIZE, 8, (96, 3, 3), (96, 2, 3), (48, 1, 2), 96, VOCAB, LENGTH, 4, (0, 1, 2), pool="mean")
     return fitted(mae_clip.tiny(), config, STEPS, **{"stages.0.weights": mae_clip.weights_of(pixels, words), "stages.0.batch_size": 64,
                                                      "stages.0.optim.warmup": 15})
 

@@ -26,8 +26,8 @@ from polysense.towers.resnet import ResNet
 
 METRIC, HIGHER_IS_BETTER = "probe accuracy, mean of shape and colour on the left and on the right", True
 DATA = "scenes of two things of four colours and shapes (3,000 told; probed on 1,000, tested on 500 others)"
-STEPS, BATCH, VOCAB, LENGTH = 300, 64, 200, 16
-TOWER = ResNet.Config(layers=(1, 1, 1), base=24, stem=Stem.Config(kernel=3, stride=1, pool=0), block=Basic.Config())
+STEPS, BATCH, VOCAB, LENGTH = 900, 64, 200, 16
+TOWER = ResNet.Config(layers=(1, 1, 1), base=24, stem=Stem.Config(kernel=3, stride=2, pool=0), block=Basic.Config())
 ASKED: dict[str, Callable[[str], int]] = {
     "shape left": lambda text: SHAPES.index(text.split()[2]), "colour left": lambda text: COLOURS.index(text.split()[1]),
     "shape right": lambda text: SHAPES.index(text.split()[-1]), "colour right": lambda text: COLOURS.index(text.split()[-2])}
