@@ -37,7 +37,7 @@ class Stem(Part):
         self.norm, self.pool = build(c.norm, width=c.out), c.pool
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.norm(self.conv(x)))
+        x = F.relu(self.norm(self.conv(x)), inplace=True)
         return F.max_pool2d(x, self.pool, 2, self.pool // 2) if self.pool else x
 
 
@@ -111,8 +111,8 @@ class _Residual(Part):
     def forward(self, x: Tensor) -> Tensor:
         y = self.branch(x)
         if not self.plain:
-            y = y + (x if self.shortcut is None else self.shortcut(x))
-        return F.relu(y)
+            y = y.add_(x if self.shortcut is None else self.shortcut(x))
+        return F.relu(y, inplace=True)
 
 
 class Basic(_Residual):
@@ -132,7 +132,7 @@ class Basic(_Residual):
         self._finish(c, c.width, self.norm2)
 
     def branch(self, x: Tensor) -> Tensor:
-        return self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+        return self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)), inplace=True)))
 
 
 class Bottleneck(_Residual):
@@ -159,8 +159,8 @@ class Bottleneck(_Residual):
         self._finish(c, out, self.norm3)
 
     def branch(self, x: Tensor) -> Tensor:
-        x = F.relu(self.norm1(self.conv1(x)))
-        x = F.relu(self.norm2(self.conv2(x)))
+        x = F.relu(self.norm1(self.conv1(x)), inplace=True)
+        x = F.relu(self.norm2(self.conv2(x)), inplace=True)
         return self.norm3(self.conv3(F.avg_pool2d(x, self.pool) if self.pool > 1 else x))
 
 

@@ -40,6 +40,7 @@ class ResNet(Tower):
         self.stem = build(c.stem, into=c.channels, out=c.base)
         self.stages = make_stages(c.block, c.layers, c.base, c.base)
         self.channels, self.width = c.channels, c.width
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def features(self, image: Tensor) -> list[Tensor]:
         """image [B,channels,H,W] -> the map [B,C,h,w] after each stage. Raises UserError for a wrong number of channels."""
