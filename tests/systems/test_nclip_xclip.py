@@ -8,6 +8,7 @@ from fake import fake_batch
 
 import polysense
 from polysense.base.catalogue import preset_of
+from polysense.objectives.clusters import agreement, sharpness, spread_entropy
 from polysense.objectives.contrastive import info_nce
 
 recipe = polysense.load("nclip_xclip")
@@ -44,7 +45,8 @@ def test_the_terms_are_those_of_the_equation(system, batch):
     torch.testing.assert_close(losses["sure"], (entropy(p).mean() + entropy(q).mean()) / 2)
     torch.testing.assert_close(losses["used"], -(entropy(p.mean(0)) + entropy(q.mean(0))) / 2)
     torch.testing.assert_close(losses["contrast"], info_nce(seen["image"], seen["text"], system.scale))
-    assert dict(preset_of("nclip_xclip").stages[0].weights) == {"contrast": 1.0, "agree": 1.0, "sure": recipe.SURE, "used": recipe.USED}
+    assert dict(preset_of("nclip_xclip").stages[0].weights) == {"contrast": 1.0, "agree": recipe.WEIGHT,
+                                                               "sure": recipe.WEIGHT * recipe.SURE, "used": recipe.WEIGHT * recipe.USED}
 
 
 def test_without_clusters_it_is_clip(system, batch):
@@ -82,16 +84,35 @@ def test_nclip_trains_towers_and_cluster_heads_alone():
     for name in ("tiny_nclip", "paper_nclip"):
         stage = preset_of("nclip_xclip", name).stages[0]
         assert dict(stage.weights)["contrast"] == 0 and not any(t.startswith(HEADS) or t == "*" for t in stage.trainable)
-    assert preset_of("nclip_xclip", "paper").config.image_clusters.widths[-1] == 32_768
+    assert preset_of("nclip_xclip", "paper").config.image_clusters.out == 32_768
+
+
+def nclip(system, batch, steps, used=recipe.USED):
+    """The terms after some steps of nCLIP."""
+    optimizer = torch.optim.AdamW(system.parameters(), lr=1e-3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        losses = system.compare_clusters(system.embed_clusters(batch))
+        losses.total((("contrast", 0.0), ("agree", 1.0), ("sure", recipe.SURE), ("used", used))).backward()
+        optimizer.step()
+    return {name: value.item() for name, value in losses.items()}
 
 
 def test_equal_doubt_of_all_clusters_is_left(system, batch):
-    """While pictures and texts do not agree, all terms but the last pull the logits to zero; the norm of the heads does not let them go."""
-    optimizer = torch.optim.AdamW(system.parameters(), lr=1e-3)
-    for _ in range(40):
-        optimizer.zero_grad()
-        losses = system.compare_clusters(system.embed_clusters(batch))
-        losses.total(recipe.weights_of(1.0, 0.0)).backward()
-        optimizer.step()
-    seen = system.embed_clusters(batch)
-    assert float(seen["image_logits"].detach().std()) > 0.95 and losses["sure"].item() < 0.85 * math.log(32)
+    found = nclip(system, batch, 60)
+    assert found["sure"] < 0.7 * math.log(32) and found["used"] < -0.9 * math.log(6)
+
+
+def test_without_the_last_term_all_fall_into_one_cluster(system, batch):
+    found = nclip(system, batch, 60, used=0.0)
+    assert found["sure"] < 0.1 and found["used"] > -0.1
+
+
+def test_a_small_push_grows_into_clusters_and_not_into_one():
+    """Near equal likelihood of all clusters: what depends on the sample lowers the loss, what all samples share raises it."""
+    own, shared = 1e-2 * torch.randn(64, 16, generator=torch.Generator().manual_seed(0)), 1e-2 * torch.randn(1, 16).expand(64, -1)
+
+    def total(logits):
+        return agreement(logits, logits) + recipe.SURE * sharpness(logits) - recipe.USED * spread_entropy(logits)
+    start = total(torch.zeros(64, 16))
+    assert total(own) < start < total(shared)

@@ -5,9 +5,10 @@ A head on each tower gives logits over K clusters; p and q are the distributions
     L_nCLIP = (H(q, p) + H(p, q)) / 2  +  l1 (E_i H(p_i) + E_i H(q_i)) / 2  -  l2 (H(E_i p_i) + H(E_i q_i)) / 2
 
 The pair agrees, each sample is sure of its cluster, and over the global batch all clusters are used; without the last term everything falls into
-one. That every sample is equally unsure of all clusters is a solution too, and while pictures and texts do not yet agree the first term pulls the
-logits there: the heads end in a batch norm, which keeps their spread (its place here, like l1 and l2, is not from the paper, which could not be
-read). xCLIP adds CLIP's loss through heads of its own on the same towers:  L = L_CLIP + w L_nCLIP. Clusters alone make good features and poor
+one. The paper could not be read, so l1, l2 and w are this house's. Where all clusters are equally likely, logits that depend on the sample with
+variance V, and correlate by r between a picture and its text, change the loss by V ((1 - l1) / 2 - r): with l1 < 1 they die out before r grows.
+Those that all samples share change it by V (l2 - l1 - 1) / 2: with l2 < 1 + l1 everything falls into one cluster. Hence l1 = 1 and l2 = 2.5.
+xCLIP adds CLIP's loss through heads of its own on the same towers:  L = L_CLIP + w L_nCLIP. Clusters alone make good features and poor
 zero-shot labels; both together are better than CLIP at both.
 """
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch import Tensor
 from polysense.archetypes.dual_encoder import DualEncoder
 from polysense.base.card import Card
 from polysense.base.system import Batch, Feed, ImagePlan, Losses, Optim, Preset, Spec, Stage, TextPlan, ViewPlan, final
-from polysense.nn.head import Projector
+from polysense.nn.mlp import MLP
 from polysense.objectives.clusters import agreement, sharpness, spread_entropy
 from polysense.objectives.contrastive import info_nce
 from polysense.towers.clip import body, vit_pair
@@ -29,9 +30,9 @@ card = Card(
     needs=("image", "text"), can=("encode_image", "encode_text", "encode_patches"), official="shallowtoil/xclip",
 )
 
-PARAMETERS = 423_315_457                     # CLIP ViT-B/16 149.6M and two heads to 32,768 clusters, 273.8M; no total is published
+PARAMETERS = 423_372_801                     # CLIP ViT-B/16 149.6M and two heads to 32,768 clusters, 273.8M; no total is published
 
-WEIGHT, SURE, USED = 1.0, 0.5, 1.5           # w, l1, l2
+WEIGHT, SURE, USED = 0.2, 1.0, 2.5           # w, l1, l2
 
 
 @final
@@ -61,8 +62,8 @@ def weights_of(w: float, contrast: float = 1.0) -> tuple[tuple[str, float], ...]
     return (("contrast", contrast), ("agree", w), ("sure", w * SURE), ("used", w * USED))
 
 
-def clusters(width: int, hidden: int, count: int) -> Projector.Config:
-    return Projector.Config(widths=(width, hidden, count), last="norm")
+def clusters(width: int, hidden: int, count: int) -> MLP.Config:
+    return MLP.Config(width=width, hidden=hidden, out=count)
 
 
 def tiny() -> Preset:
