@@ -25,7 +25,7 @@ from polysense.train.judging import RunJudge
 
 METRIC, HIGHER_IS_BETTER = "how far the largest run lies from its prediction, as a share of its error", False
 DATA = "mnist (6,000 pictures with sentences, a fifth of them wrong; 2,000 for the test)"
-WIDTHS, SEEN, NOISE, VOCAB, LENGTH = (32, 64), (12_800, 25_600, 51_200), 0.2, 256, 20
+WIDTHS, SEEN, NOISE, VOCAB, LENGTH = (16, 32), (12_800, 25_600, 51_200), 0.2, 256, 20
 
 
 def noisy(n: int, seed: int) -> ListSource:

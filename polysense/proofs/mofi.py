@@ -1,8 +1,9 @@
 """Entities out of noisy alt-texts: cleaned by a small CLIP, learned beside contrast, they find the same thing again.
 
-Every pair of colour and shape is an invented species with a name; alt-texts name it, one in five wrongly. A CLIP that has seen other pictures with
-plain captions scores each mention, and the worst three in ten are dropped. Then the same towers learn from both sides, from classification alone and
-from contrast alone, and other pictures of the species look for each other.
+Pictures hold one thing each, a large one: a small one is four pixels wide here. Every pair of colour and shape is an invented species with a name;
+alt-texts name it, one in five wrongly. A CLIP that has seen other pictures with plain captions scores each mention, and the worst three in ten are
+dropped. Then the same towers learn from both sides, from classification alone and from contrast alone, and other pictures of the species look for
+each other.
 """
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,18 +17,19 @@ from polysense.base.telling import Entities
 from polysense.data import source
 from polysense.data.entities import Entity, EntityBase
 from polysense.data.retold import Retold
-from polysense.data.sources import ListSource, Sample, Source
+from polysense.data.sources import Sample, Source
 from polysense.data.told import told
-from polysense.proofs.arms import train_arm, words
+from polysense.proofs.arms import some_of, train_arm, words
 from polysense.proofs.harness import Outcome
+from polysense.proofs.pool import large
 from polysense.proofs.small import SIZE, fitted, kept, pair, plain_clip
 from polysense.systems.align import mofi
 from polysense.tasks.encode import encode_all_images
 from polysense.train.judging import RunJudge
 
 METRIC, HIGHER_IS_BETTER = "mean average precision: pictures of the same species", True
-DATA = "scenes:combos (3,000 pictures with alt-texts, 3,000 others for the filter; 800 look for each other)"
-STEPS, WRONG, DROPPED = 160, 0.2, 0.3
+DATA = "scenes:combos, large things (about 3,000 pictures with alt-texts, 3,000 others for the filter; about 800 look for each other)"
+STEPS, WRONG, DROPPED = 400, 0.2, 0.3
 
 
 def species(classes: tuple[str, ...]) -> EntityBase:
@@ -37,7 +39,7 @@ def species(classes: tuple[str, ...]) -> EntityBase:
     return EntityBase(Entity(f"E{i}", names[i], f"a {name}") for i, name in enumerate(classes))
 
 
-def alt_texts(pictures: ListSource, base: EntityBase, seed: int) -> tuple[Retold, list[int]]:
+def alt_texts(pictures: Source, base: EntityBase, seed: int) -> tuple[Retold, list[int]]:
     """Texts that name the species, some of them wrongly; and what is named."""
     rng, true = np.random.default_rng(seed), np.array(pictures.labels())
     named = np.where(rng.random(len(true)) < WRONG, rng.permutation(true), true).tolist()
@@ -71,8 +73,8 @@ def plan(share: float, base: Path, entities: int) -> Preset:
 
 
 def run(seed: int, test_seed: int = 1001) -> Outcome:
-    def drawn(n: int, number: int, split: str = "train") -> ListSource:
-        return kept(source(f"scenes:combos?n={n}&seed={number}&size={SIZE}", split=split))
+    def drawn(n: int, number: int, split: str = "train") -> Source:
+        return some_of(kept(large(source(f"scenes:combos?n={3 * n}&seed={number}&size={SIZE}", split=split))), n, number)
     train, other, test = drawn(3000, seed), drawn(3000, seed + 500), drawn(800, test_seed, "val")
     base = species(train.classes)
     said, named = alt_texts(train, base, seed)
