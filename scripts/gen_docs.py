@@ -269,7 +269,8 @@ def command(facts: dict[str, Any]) -> str:
     changes = [f"{k}={json.dumps(v) if isinstance(v, bool) else v}" for k, v in facts["changes"].items()]
     vary = [f"--vary {k}={','.join(map(str, v))}" for k, v in facts["vary"]]
     systems = facts["systems"] if not vary else [facts["of"]]
-    return " ".join(["polysense compare", *systems, *changes, "--data", facts["data"], *vary, f"--{budget[1]} {budget[0]}",
+    on = [f"--on {facts['on']}"] if facts["on"] != facts["data"] else []
+    return " ".join(["polysense compare", *systems, *changes, "--data", facts["data"], *on, *vary, f"--{budget[1]} {budget[0]}",
                      f"--seeds {len(facts['seeds'])} --exams {','.join(facts['exams'])} --probe {facts['probe']}"])
 
 

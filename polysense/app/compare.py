@@ -81,14 +81,15 @@ class Comparison:
 
 def compare(systems: Sequence[str], data: str, budget: Budget, *, seeds: int | Sequence[int] = 3, out: str | Path,
             vary: Sequence[tuple[str, Sequence[Any]]] = (), overrides: dict[str, Any] | None = None, share: bool = True,
-            exams: Sequence[str] = CHOSEN, split: str = "train", test_split: str = "val", probe: int = 2000, points: int = 4,
+            exams: Sequence[str] = CHOSEN, on: str | None = None, split: str = "train", test_split: str = "val", probe: int = 2000, points: int = 4,
             device: str | None = None, workers: int | None = None, say: Say = lambda text: None) -> Comparison:
     """Trains and examines every system and writes the comparison into `out`.
 
-    systems: ids, or id:preset; the first is the reference that others are tested against and whose towers they share. data: sources joined by
-    "+"; each is examined on its own `test_split`. vary: (dotted field or "objective", values) pairs of one system. overrides: dotted changes
-    for the reference and for whoever has such a field. share=False: everybody with their own towers. probe: training pictures of a probe at
-    most. points: how often the learning curve is looked at. Raises UserError where fewer than two systems can take part.
+    systems: ids, or id:preset; the first is the reference that others are tested against and whose towers they share. data: sources joined by "+";
+    each is examined on its own `test_split`. on: other sources to examine on, joined alike. vary: (dotted field or "objective", values) pairs of
+    one system. overrides: dotted changes for the reference and for whoever has such a field. share=False: everybody with their own towers. probe:
+    training pictures of a probe at most. points: how often the learning curve is looked at. Raises UserError where fewer than two systems can take
+    part.
     """
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     if not numbers:
@@ -99,13 +100,13 @@ def compare(systems: Sequence[str], data: str, budget: Budget, *, seeds: int | S
     for e in entrants:
         for note in ([f"left out: {e.why}"] if e.why else e.notes):
             say(f"{e.label}: {note}")
-    field_ = Field(data, split, test_split, asked, probe)
+    field_ = Field(on or data, split, test_split, asked, probe)
     folder = Path(out)
     met: dict[str, list[dict[str, Any]]] = {e.label: [] for e in fit}
     for n, (seed, e) in enumerate((s, e) for s in numbers for e in fit):         # seed by seed, so that a stopped comparison is a fair one
         say(f"[{n + 1}/{len(fit) * len(numbers)}] {e.label}, seed {seed}: {budget}")
         met[e.label].append(one_run(e, folder / "runs" / f"{safe(e.label)}-s{seed}", seed, budget, field_, points, device, workers, say))
-    facts = {"of": " ".join(systems), "systems": [e.label for e in fit], "reference": fit[0].label, "data": data, "split": split,
+    facts = {"of": " ".join(systems), "systems": [e.label for e in fit], "reference": fit[0].label, "data": data, "on": on or data, "split": split,
              "budget": str(budget), "seeds": numbers, "exams": asked, "probe": probe, "changes": overrides or {},
              "vary": [[k, list(v)] for k, v in vary], "batch_size": fit[0].plan.stages[0].batch_size,
              "plans": {e.label: e.plan.digest() for e in fit}, **about()}

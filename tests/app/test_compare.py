@@ -1,5 +1,6 @@
 """Equal-budget comparisons: sharing, budgets, resumption, the table and its statistics."""
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -265,3 +266,13 @@ def test_stair_keeps_the_towers_that_give_every_token_and_the_note_is_short(word
     out = shared(entrant("stair", {}), entrant("clip:tiny_vit", {}), words)
     assert not out.why and out.plan.config == entrant("stair", {}).plan.config
     assert len(out.notes) == 1 and "every" in out.notes[0] and len(out.notes[0]) < 300
+
+
+def test_other_data_can_be_examined_on_without_training_again(first, tmp_path, monkeypatch):
+    out, _ = first
+    shutil.copytree(out, tmp_path / "again")
+    monkeypatch.setattr(module, "FORM", -1)              # whatever is kept is examined again
+    told = compare(PAIR, "digits", Budget(steps=3), out=tmp_path / "again", **GO | {"on": "scenes:single?n=24&size=32", "exams": ("zero_shot",)})
+    assert told.facts["data"] == "digits" and told.facts["on"].startswith("scenes") and len(told.slots) == 1 and "scenes" in told.slots[0]
+    assert {r["system"] for r in told.table if r["scores"]} == set(PAIR)
+    assert "All were examined on scenes" in told.markdown() and "All were examined" not in first[1].markdown()
