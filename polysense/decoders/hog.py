@@ -12,6 +12,7 @@ from polysense.base.system import Part
 from polysense.nn.masking import Masking
 
 NORMS = ("cell", "none")
+CACHED = 1 << 19                             # numbers of a picture batch that are worked on at once: what stays in a processor's cache
 SMALL = 1e-12                                # a cell whose histogram is shorter is flat: it stays zero
 
 
@@ -21,8 +22,8 @@ def gradients(image: Tensor) -> tuple[Tensor, Tensor]:
     Both kernels are separable; a difference of two shifted sums costs less than a convolution of nine taps on every channel.
     """
     x = F.pad(image, (1, 1, 1, 1), mode="reflect")
-    down = torch.add(x[..., :-2, :], x[..., 1:-1, :], alpha=2) + x[..., 2:, :]
-    across = torch.add(x[..., :-2], x[..., 1:-1], alpha=2) + x[..., 2:]
+    down = torch.add(x[..., :-2, :], x[..., 1:-1, :], alpha=2).add_(x[..., 2:, :])
+    across = torch.add(x[..., :-2], x[..., 1:-1], alpha=2).add_(x[..., 2:])
     return down[..., :-2] - down[..., 2:], across[..., :-2, :] - across[..., 2:, :]
 
 
@@ -34,22 +35,27 @@ def hog(image: Tensor, bins: int = 9, cell: int = 8, norm: str = "cell") -> Tens
     """
     if image.shape[-2] % cell or image.shape[-1] % cell or min(image.shape[-2:]) < 2:
         raise UserError(f"an image of {image.shape[-2]}x{image.shape[-1]} pixels does not divide into cells of {cell}", "choose multiples")
-    gx, gy = gradients(image.float())
+    few = max(1, CACHED // image[0].numel()) if len(image) and image.device.type == "cpu" else len(image)
+    return torch.cat([_histograms(part, bins, cell, norm) for part in image.float().split(max(1, few))])
+
+
+def _histograms(image: Tensor, bins: int, cell: int, norm: str) -> Tensor:
+    gx, gy = gradients(image)
     b, c, height, width = image.shape
     h, w = height // cell, width // cell
     # Angles from -K to K become numbers from 0 to 2 K, which are folded when they are counted. One addition puts the pixels of each channel
-    # where they belong: the bin, and the cell.
+    # where they belong: the bin, and the cell (whole numbers far below 2^24, exact in float32).
     kinds = 2 * bins + 1
     place = torch.arange(h, device=image.device).repeat_interleave(cell)[:, None] * w + torch.arange(w, device=image.device).repeat_interleave(cell)
     with torch.no_grad():
-        row = torch.atan2(gx, gy).mul_(bins / pi).floor_().add_(bins).long().add_(place * kinds)
+        row = torch.atan2(gx, gy).mul_(bins / pi).floor_().add_((place * kinds + bins).float()).long()
     squared = (gx * gx).addcmul(gy, gy)
     # the root of zero would have no finite gradient
     magnitude = squared.where(squared > 0, 1.0).sqrt().where(squared > 0, 0.0) if squared.requires_grad else squared.sqrt_()
     flat = magnitude.new_zeros(b * c, h * w * kinds).scatter_add(1, row.view(b * c, -1), magnitude.view(b * c, -1)).view(b, c, h, w, kinds)
     out = flat[..., :bins] + flat[..., bins:2 * bins]
-    out = torch.cat([out[..., :1] + flat[..., 2 * bins:], out[..., 1:]], -1).permute(0, 1, 4, 2, 3)
-    return F.normalize(out, dim=2, eps=SMALL) if norm == "cell" else out
+    out = torch.cat([out[..., :1] + flat[..., 2 * bins:], out[..., 1:]], -1)
+    return (F.normalize(out, dim=-1, eps=SMALL) if norm == "cell" else out).permute(0, 1, 4, 2, 3)
 
 
 class HOGTarget(Part):
