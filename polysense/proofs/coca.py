@@ -22,7 +22,7 @@ from polysense.towers.shapes import plain_vit
 
 METRIC, HIGHER_IS_BETTER = "share of captions with the right colour and shape", True
 DATA = "scenes of one large thing of four colours and shapes (3,000 told, 400 others tested)"
-STEPS, VOCAB, LENGTH, NEEDS = 500, 200, 12, ("image", "text")
+STEPS, VOCAB, LENGTH, NEEDS = 900, 200, 12, ("image", "text")
 COLOURS, SHAPES = ("red", "blue", "green", "yellow"), ("circle", "square", "star", "cross")
 SPEC = f"scenes?objects=1&digits=0&style=plain&shapes={','.join(SHAPES)}&colours={','.join(COLOURS)}"
 TEXTS = [f"a {c} {s}" for c in COLOURS for s in SHAPES]
