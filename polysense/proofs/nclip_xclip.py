@@ -1,8 +1,8 @@
 """Clusters beside contrast: xCLIP names digits better than CLIP after the same steps, nCLIP alone makes features that its heads cannot name.
 
 As filed, xCLIP is a little below CLIP after so few steps, in which the clusters are still forming; without the term that asks for all of them nCLIP
-falls into few. All arms share towers, data order and steps. Beside the score: how many clusters are used, with and without the term that asks for it, and the linear
-probes of the towers.
+falls into one. All arms share towers, data order and steps. Beside the score: how many clusters are used, with and without the term that asks for
+it, and the linear probes of the towers.
 """
 import torch
 
