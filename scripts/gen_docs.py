@@ -257,7 +257,10 @@ def comparisons_page() -> str:
 
     out = [MARK, "# Comparisons", "", "Filed runs of [`polysense compare`](commands/polysense-compare.md): every system with the same towers, data "
            "order and budget, and the same exams. Every command gives its table again.", ""]
-    for path in sorted((DOCS / "compared").glob("*.json")):
+    paths = sorted((DOCS / "compared").glob("*.json"))
+    if not paths:
+        out.append("None is filed yet.\n")
+    for path in paths:
         made, words = Comparison(**json.loads(path.read_text(encoding="utf-8"))), path.with_suffix(".md").read_text(encoding="utf-8").strip()
         tables = made.markdown().partition("\n")[2].strip().replace("\n## ", "\n### ")
         out += [words, "", "```bash", command(made.facts), "```", "", "### Rankings", "", *rankings(made), "", tables, ""]
