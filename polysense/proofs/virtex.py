@@ -26,7 +26,7 @@ from polysense.towers.resnet import ResNet
 
 METRIC, HIGHER_IS_BETTER = "probe accuracy, mean of shape and colour", True
 DATA = "scenes of one large thing of four colours and shapes (3,000 told; probed on 1,000, tested on 500 others)"
-STEPS, BATCH, VOCAB, LENGTH = 500, 64, 200, 16
+STEPS, BATCH, VOCAB, LENGTH = 1500, 64, 200, 16
 TOWER = ResNet.Config(layers=(1, 1, 1), base=24, stem=Stem.Config(kernel=3, stride=2, pool=0), block=Basic.Config())
 ASKED: dict[str, Callable[[str], int]] = {
     "shape": lambda text: SHAPES.index(text.split()[2]), "colour": lambda text: COLOURS.index(text.split()[1])}
