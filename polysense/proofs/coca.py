@@ -1,8 +1,9 @@
 """One model does both jobs: it writes exact captions, and finds by text about as well as one that was trained to do nothing else.
 
 Scenes of one large thing are told as "a red star"; a caption counts if colour and shape are right. The bar is four captions in five, and the same
-model with its picture blanked, which can only say what is common. Beside it: naming pictures among all captions (R@1, image to text) by CoCa, by the
-contrastive loss alone and by the caption loss alone, each at equal steps, and what the caption loss alone writes.
+model with its picture blanked, which can only say what is common. Beside it: naming pictures among all captions (R@1, image to text) by CoCa, by
+the contrastive loss alone and by the caption loss alone, each at equal steps, and what the caption loss alone writes. As filed, it stays below that
+bar in the steps that a proof has, and well above what a blanked picture gives.
 """
 from typing import Any
 
