@@ -1,7 +1,8 @@
 """Writing down what is left of what teaches a picture tower where things are.
 
-Scenes of two things are told as "a red star left of a blue cross". After equal steps a linear probe asks the frozen towers for the shape of the thing
-on the left. CapPa is compared with CLIP on the same tower, data and steps; Cap stands beside it, and how well CapPa ranks names of the left thing.
+Scenes of two things are told as "a red star left of a blue cross". After equal steps a linear probe asks the frozen towers for the shape of the
+thing on the left. CapPa is compared with CLIP on the same tower, data and steps; Cap stands beside it, and how well CapPa ranks names of the left
+thing. As filed, captions and contrast are level: in so few steps neither tower has learned much of the small shapes.
 """
 from typing import Any
 

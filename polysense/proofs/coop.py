@@ -2,7 +2,8 @@
 
 CLIP learns from product photographs and their titles, then it is frozen. From 1, 4 and 16 labelled photographs a kind, which it has not seen, CoOp
 learns what stands around the names of 49 kinds, on cached features. The baseline is the same CLIP with "a photo of a {}."; beside it stand a
-context for each class, and contexts that were learned with fewer photographs.
+context for each class, and contexts that were learned with fewer photographs. The number of steps was raised on held-out training products. As
+filed, what is won is small, and one of three seeds loses.
 """
 from collections.abc import Iterator
 from typing import Any
