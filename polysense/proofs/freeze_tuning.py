@@ -2,7 +2,8 @@
 
 A ViT of four blocks that learned to read the handwritten digits from zero to four is carried to those from five to nine with 1,000 labels: the head
 alone, the last block, the last two, norms alone, everything; for as many steps. Carried from drawn scenes of digits it had to learn anew, below as
-well: on validation pictures the last two blocks regained less than was asked.
+well: on validation pictures the last two blocks regained less than was asked. As filed, the last two blocks, less than half of the weights, regain
+most of what full tuning gains over the head, though less than nine tenths.
 """
 import time
 from typing import Any
