@@ -1,7 +1,8 @@
 """Does masked autoencoding help contrast? The difference to CLIP at equal steps, on few and on more pairs.
 
 What is claimed is what the authors found: the gain on few pairs is at least the gain on more of them. The score is the first, the baseline the
-second; both are differences of the accuracy of a linear probe on the picture tower, and either may be negative.
+second; both are differences of the accuracy of a linear probe on the picture tower, and either may be negative. As filed, the interval of their
+difference holds zero: these sizes do not tell the two apart.
 """
 from polysense.base.system import Preset
 from polysense.data import source

@@ -2,7 +2,9 @@
 
 Scenes of one large thing are told as "a red star". After equal steps a ridge regression asks the frozen towers for its shape and its colour. VirTex
 is compared with the same tower trained on labels (the shape, all that a labeller wrote down) and with one at birth; forward captioning alone stands
-beside it. With two things, of different shapes and colours, no tower of captions learned the shapes in the time that a proof has.
+beside it. With two things, of different shapes and colours, no tower of captions learned the shapes in the time that a proof has. As filed,
+captions teach the colour fully and the shape nearly; labels of the shape teach the shape, and the tower that learned from them keeps enough of the
+colour to stay a little ahead in the mean.
 """
 from collections.abc import Callable
 from typing import Any
