@@ -73,7 +73,7 @@ class Step:
         if turn is not None:
             qk = torch.addcmul(qk * turn[0], qk.roll(self.width // 2, -1), turn[1])
         k, v = cache.extend(qk[:, self.heads:, None], v[:, :, None])
-        # One query a head: two plain products cost a third of the fused kernel, which is made for many.
+        # One query a head: two plain products cost less than the fused kernel, which is made for many.
         scores = torch.bmm(qk[:, :self.heads].reshape(len(x) * self.kv_heads, -1, self.width), k.flatten(0, 1).mT)
         if seen is not None:
             scores = scores.view(len(x), self.heads, -1).masked_fill_(~seen, -torch.inf).view(scores.shape)

@@ -2,8 +2,9 @@
 
 Pictures hold one thing each, a large one: a small one is four pixels wide here. The pairs of colour and shape that training sees go by their common
 names, with and without the dictionary's definitions; those of the exam have invented names that occur nowhere in training. Asked are three times
-chance, and more than the system without knowledge, which is asked by name alone. The same asked with the definitions stands beside it, and so does
-the system with knowledge asked by name alone. Prompts, definitions and labels are made by the preset's own feed.
+chance, more than the system without knowledge, which is asked by name alone, and more than one that learned from names alone and is asked with the
+definitions all the same: whether learning with them helps. The system with knowledge asked by name alone stands beside it. Prompts, definitions and
+labels are made by the preset's own feed.
 """
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -58,5 +59,6 @@ def run(seed: int, test: str = "scenes:combos?n=3000&seed=1001") -> Outcome:
             found[name] = exam("zero_shot", subject, exam_of, "accuracy", templates=TEMPLATES, prompts=None if arm is plan else asked)
             found[f"{name}, asked by name alone"] = exam("zero_shot", subject, exam_of, "accuracy", prompts=alone)
     chance = 1 / len(exam_of.classes)
-    bars = {"three times chance": 3 * chance, "without knowledge": found.pop("names alone, asked by name alone")}
+    bars = {"three times chance": 3 * chance, "without knowledge": found.pop("names alone, asked by name alone"),
+            "learned from names alone, asked with definitions": found.pop("names alone")}
     return Outcome(found.pop("with knowledge"), bars, found | {"chance": chance})
