@@ -104,8 +104,20 @@ def compare(systems: Sequence[str], data: str, budget: Budget, *, seeds: int | S
     folder = Path(out)
     met: dict[str, list[dict[str, Any]]] = {e.label: [] for e in fit}
     for n, (seed, e) in enumerate((s, e) for s in numbers for e in fit):         # seed by seed, so that a stopped comparison is a fair one
+        if e.why:
+            continue
         say(f"[{n + 1}/{len(fit) * len(numbers)}] {e.label}, seed {seed}: {budget}")
-        met[e.label].append(one_run(e, folder / "runs" / f"{safe(e.label)}-s{seed}", seed, budget, field_, points, device, workers, say))
+        try:
+            met[e.label].append(one_run(e, folder / "runs" / f"{safe(e.label)}-s{seed}", seed, budget, field_, points, device, workers, say))
+        except UserError as error:                       # the others go on without it; without the reference there is nothing to compare with
+            if e is fit[0]:
+                raise
+            e.why = f"seed {seed} stopped: {error}"
+            say(f"{e.label}: left out: {e.why}")
+    fit = [e for e in fit if not e.why]
+    met = {e.label: met[e.label] for e in fit}
+    if len(fit) < 2:
+        raise UserError("nobody is left to compare with the reference", "see above what stopped the others")
     facts = {"of": " ".join(systems), "systems": [e.label for e in fit], "reference": fit[0].label, "data": data, "on": on or data, "split": split,
              "budget": str(budget), "seeds": numbers, "exams": asked, "probe": probe, "changes": overrides or {},
              "vary": [[k, list(v)] for k, v in vary], "batch_size": fit[0].plan.stages[0].batch_size,
@@ -113,7 +125,7 @@ def compare(systems: Sequence[str], data: str, budget: Budget, *, seeds: int | S
     result = Comparison(facts, [str(s) for s in field_.slots], rows(fit, field_.slots, met), {}, costs(met),
                         {e.label: e.why for e in entrants if e.why}, {e.label: e.notes for e in fit if e.notes})
     result.curves = curves(met)
-    result.losses = {label: met[label][0]["losses"] for label in met}
+    result.losses = {e.label: met[e.label][0]["losses"] for e in fit}
     result.write(folder)
     return result
 

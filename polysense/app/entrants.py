@@ -101,6 +101,19 @@ def changed(e: Entrant, path: str, value: Any) -> Entrant:
 
 # -- the same for all -----------------------------------------------------------------------------------------------------------------------
 
+def likewise(plan: Preset, overrides: dict[str, Any]) -> Preset:
+    """The preset with what was changed in the reference, where it has such a field. How long texts are goes with the tower that reads them."""
+    lacks = set[str]()
+    for k in sorted(overrides, key=lambda k: k.startswith("feed.")):
+        if k.startswith("feed.text.") and "text" in lacks:
+            continue
+        try:
+            plan = override(plan, {k: overrides[k]})
+        except UserError:
+            lacks.add(k.removeprefix("config.").split(".")[0])
+    return plan
+
+
 def shared(e: Entrant, reference: Entrant, tokenizers: "Tokenizers") -> Entrant:
     """`e` with as much of the reference as it works with: both towers, else one of them, else none; what it keeps is noted."""
     batch = {f"stages.{i}.batch_size": reference.plan.stages[0].batch_size for i in range(len(e.plan.stages))}
@@ -269,11 +282,8 @@ def line_up(systems: Iterable[str], data: str, budget: Budget, *, vary: Sequence
     crowd = varied(first, vary) if vary else [first, *(entrant(w, {}) for w in words[1:])]
     tokenizers, out = Tokenizers(train), list[Entrant]()
     for e in crowd:
-        for k in overrides or {}:            # what holds for the reference holds for whoever has such a field
-            try:
-                e.plan = override(e.plan, {k: (overrides or {})[k]})
-            except UserError:
-                continue
+        if e is not crowd[0]:
+            e.plan = likewise(e.plan, overrides or {})
         e.plan = e.plan.but(data=data)
         from polysense.data.loader import check_needs
 

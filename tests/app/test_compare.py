@@ -8,7 +8,7 @@ import torch
 
 from polysense.app import compare as module
 from polysense.app.compare import Budget, compare
-from polysense.app.entrants import Tokenizers, entrant, lend, line_up, shared, varied
+from polysense.app.entrants import Tokenizers, entrant, lend, likewise, line_up, shared, varied
 from polysense.base.errors import UserError
 from polysense.cli import main
 from polysense.cli.compare import part, seconds
@@ -23,6 +23,16 @@ PAIR = ("clip:tiny_vit", "slip")
 @pytest.fixture(scope="module")
 def words():
     return Tokenizers(source("digits"))
+
+
+# -- who takes part with what ------------------------------------------------------------------------------------------------------------------
+
+def test_how_long_texts_are_goes_with_the_tower_that_reads_them():
+    """VirTex reads captions by a decoder of its own: with the length of the others it would meet captions that it cannot read."""
+    longer = {"config.vision.patch": 16, "config.text.length": 40, "feed.text.length": 40}
+    assert likewise(entrant("coca", {}).plan, longer).feed.text.length == 40
+    virtex = likewise(entrant("virtex", {}).plan, longer)
+    assert virtex.feed.text.length == 30 and virtex.digest() == entrant("virtex", {}).plan.digest()
 
 
 # -- statistics -----------------------------------------------------------------------------------------------------------------------------
@@ -276,3 +286,19 @@ def test_other_data_can_be_examined_on_without_training_again(first, tmp_path, m
     assert told.facts["data"] == "digits" and told.facts["on"].startswith("scenes") and len(told.slots) == 1 and "scenes" in told.slots[0]
     assert {r["system"] for r in told.table if r["scores"]} == set(PAIR)
     assert "All were examined on scenes" in told.markdown() and "All were examined" not in first[1].markdown()
+
+
+def test_one_that_stops_on_the_way_is_left_out_with_its_reason_and_the_others_go_on(tmp_path, monkeypatch):
+    real = module.one_run
+
+    def some(e, *rest):
+        if e.id == "flip":
+            raise UserError("a caption of 31 tokens", "let the tokenizer cut it")
+        return real(e, *rest)
+
+    monkeypatch.setattr(module, "one_run", some)
+    made = compare((*PAIR, "flip"), "digits", Budget(steps=2), out=tmp_path, **{**GO, "seeds": 1})
+    assert made.facts["systems"] == list(PAIR) and "a caption of 31 tokens" in made.left_out["flip"]
+    assert set(made.losses) == set(made.costs) == set(PAIR)
+    with pytest.raises(UserError, match="nobody is left"):
+        compare((PAIR[0], "flip"), "digits", Budget(steps=2), out=tmp_path, **{**GO, "seeds": 1})
