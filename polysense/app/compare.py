@@ -33,6 +33,10 @@ KEPT = "compared.json"                               # in a run's folder: its ex
 Say = Callable[[str], object]
 
 
+class Stopped(UserError):
+    """A run that had begun cannot go on."""
+
+
 @dataclass(frozen=True)
 class Slot:
     """One column: an exam on one of the joined data sets."""
@@ -109,7 +113,7 @@ def compare(systems: Sequence[str], data: str, budget: Budget, *, seeds: int | S
         say(f"[{n + 1}/{len(fit) * len(numbers)}] {e.label}, seed {seed}: {budget}")
         try:
             met[e.label].append(one_run(e, folder / "runs" / f"{safe(e.label)}-s{seed}", seed, budget, field_, points, device, workers, say))
-        except UserError as error:                       # the others go on without it; without the reference there is nothing to compare with
+        except Stopped as error:                         # the others go on without it; without the reference there is nothing to compare with
             if e is fit[0]:
                 raise
             e.why = f"seed {seed} stopped: {error}"
@@ -208,13 +212,20 @@ def trained(e: Entrant, folder: Path, seed: int, budget: Budget, points: int, de
 
     total = sum(s.steps for s in e.plan.stages)
     every = max(1, round(total / (points + 1))) if budget.seconds is None else None
-    for event in train_preset(e.id, e.plan, e.needs, name=e.preset, out=folder, seed=seed, resume=True, overrides=e.changes, device=device,
-                              workers=workers, checkpoint_every=every, time_budget_s=budget.seconds):
-        if isinstance(event, Saved) and event.folder == folder and (event.path / TENSORS).is_file():
-            (folder / "curve").mkdir(exist_ok=True)
-            copy(event.path / TENSORS, folder / "curve" / f"{event.step:09d}.safetensors")
-        elif isinstance(event, Noted):
-            say(event.text)
+    events, begun = train_preset(e.id, e.plan, e.needs, name=e.preset, out=folder, seed=seed, resume=True, overrides=e.changes, device=device,
+                                 workers=workers, checkpoint_every=every, time_budget_s=budget.seconds), False
+    try:
+        for event in events:
+            begun = True
+            if isinstance(event, Saved) and event.folder == folder and (event.path / TENSORS).is_file():
+                (folder / "curve").mkdir(exist_ok=True)
+                copy(event.path / TENSORS, folder / "curve" / f"{event.step:09d}.safetensors")
+            elif isinstance(event, Noted):
+                say(event.text)
+    except UserError as error:
+        if not begun:                                    # a folder of another run, say: nothing that leaving one out would mend
+            raise
+        raise Stopped(error.what, error.advice) from error
 
 
 def copy(source: Path, target: Path) -> None:

@@ -105,12 +105,12 @@ def likewise(plan: Preset, overrides: dict[str, Any]) -> Preset:
     """The preset with what was changed in the reference, where it has such a field. How long texts are goes with the tower that reads them."""
     lacks = set[str]()
     for k in sorted(overrides, key=lambda k: k.startswith("feed.")):
-        if k.startswith("feed.text.") and "text" in lacks:
+        if k.startswith("feed.") and k.removeprefix("feed.") in lacks:
             continue
         try:
             plan = override(plan, {k: overrides[k]})
         except UserError:
-            lacks.add(k.removeprefix("config.").split(".")[0])
+            lacks.add(k.removeprefix("config."))
     return plan
 
 
@@ -151,7 +151,7 @@ def lend(ours: Preset, reference: Preset, image: bool, text: bool) -> tuple[Pres
         if started & {mine, ""}:
             missing[kind] = f"its {kind} tower comes with weights"
         elif asked:
-            before, after = getattr(config, mine), getattr(reference.config, theirs)
+            before, after = getattr(config, mine), with_own_words(getattr(reference.config, theirs), getattr(config, mine), feed, reference.feed)
             if before == after:
                 lent[kind] = mine, 0, 0
                 continue
@@ -163,15 +163,28 @@ def lend(ours: Preset, reference: Preset, image: bool, text: bool) -> tuple[Pres
             lent[kind] = mine, getattr(before, "width", 0), getattr(after, "width", 0)
     both = len(lent) == 2 or not (tower_of(config, "image") and tower_of(config, "text"))
     heads = {h for h in HEADS if both and type(getattr(config, h, None)) is type(getattr(reference.config, h, 0))}
+    space = {getattr(getattr(c, h), "out", 0) for c in (config, reference.config) for h in heads}
     config = config.but(**{h: getattr(reference.config, h) for h in heads})      # a head of another kind makes a recipe itself
+    queue = getattr(config, "queue", None)
+    if heads and getattr(queue, "width", 0) in space:                            # it keeps features as they leave the heads
+        config = config.but(**{"queue.width": getattr(config, min(heads)).out})
+    kept = {f.name for f in fields(config) if len(lent) == 1 and f.name.startswith("text_" if "image" in lent else ("image_", "vision_"))}
     for _, before, after in lent.values():
         if before != after:
-            config = widened(config, before, after, {n for n, *_ in lent.values()} | heads)
+            config = widened(config, before, after, {n for n, *_ in lent.values()} | heads | kept)
     if "image" in lent:
         feed = pictures_like(feed, reference.feed)
     if "text" in lent and feed.text is not None and type(feed.text) is type(reference.feed.text):
         feed = feed.but(text=reference.feed.text)
     return ours.but(config=config, feed=feed), missing
+
+
+def with_own_words(after: Spec, before: Spec, ours: Any, reference: Any) -> Spec:
+    """The tower `after`, with as many ids behind those of the tokenizer as `before` has: what hides words needs one that says so."""
+    plans = ours.text, reference.text
+    if any(not hasattr(x, "vocab") for x in (after, before, *plans)) or plans[0].vocab != plans[1].vocab:
+        return after
+    return after.but(vocab=after.vocab + max(0, before.vocab - plans[0].vocab))  # type: ignore[attr-defined]
 
 
 def widened(config: Any, before: int, after: int, but: Iterable[str] = ()) -> Any:

@@ -35,6 +35,17 @@ def test_how_long_texts_are_goes_with_the_tower_that_reads_them():
     assert virtex.feed.text.length == 30 and virtex.digest() == entrant("virtex", {}).plan.digest()
 
 
+@pytest.mark.parametrize("id, kept", [("declip", None), ("mae_clip", "text")])
+def test_own_ids_behind_the_words_queues_and_heads_of_the_other_tower_fit_what_is_lent(id, kept):
+    """DeCLIP hides words behind an id of its own and keeps features in a queue; MAE-CLIP's texts are read by another kind of tower."""
+    made = line_up((PAIR[0], id), "fashion_products", Budget(steps=2), overrides=SMALL)
+    reference, other = made[0].plan.config, made[1].plan.config
+    assert made[1].notes == ([] if kept is None else [n for n in made[1].notes if n.startswith(f"its own {kept} tower ")]) and not made[1].why
+    assert other.vision == reference.vision
+    if kept is None:
+        assert other.text == reference.text.but(vocab=4097) and other.queue.width == reference.image_head.out
+
+
 # -- statistics -----------------------------------------------------------------------------------------------------------------------------
 
 def units(right: np.ndarray) -> Units:
@@ -293,7 +304,7 @@ def test_one_that_stops_on_the_way_is_left_out_with_its_reason_and_the_others_go
 
     def some(e, *rest):
         if e.id == "flip":
-            raise UserError("a caption of 31 tokens", "let the tokenizer cut it")
+            raise module.Stopped("a caption of 31 tokens", "let the tokenizer cut it")
         return real(e, *rest)
 
     monkeypatch.setattr(module, "one_run", some)
