@@ -2,9 +2,9 @@
 
 The trigram baseline knows both neighbours of a hidden word: it says the word that stood most often between these two in training, else the one that
 is likeliest by either neighbour alone (counts of both multiplied), else the most frequent of all. Both see the same texts, and the same places are
-hidden from them. In the notes: what shape a sentence about a drawn thing names, one of ten, by a linear classifier of [CLS], and of the [CLS] of the
-same encoder untrained. The rate is that of the preset: on captions set aside, higher and lower ones were worse. The number of steps is what five minutes
-allow.
+hidden from them. In the notes: what shape a sentence about a drawn thing names, one of ten, by a linear classifier of [CLS], and of the [CLS] of
+the same encoder untrained. The rate is that of the preset: on captions set aside, higher and lower ones were worse. The number of steps is what
+five minutes allow.
 """
 from collections import Counter, defaultdict
 from typing import Any

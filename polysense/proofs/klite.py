@@ -5,8 +5,8 @@ names, with and without the dictionary's definitions; those of the exam have inv
 chance, more than the system without knowledge, which is asked by name alone, and more than one that learned from names alone and is asked with the
 definitions all the same: whether learning with them helps. The system with knowledge asked by name alone stands beside it. Prompts, definitions and
 labels are made by the preset's own feed. As filed, names never heard are understood by their definitions, but best by the system that learned from
-names alone: its short texts say colour and shape in two words, and of a definition these are the words it knows, while definitions in training bring
-others beside them.
+names alone, likely because its short texts say colour and shape in two words, and of a definition these are the words it knows, while definitions
+in training bring others beside them.
 """
 from pathlib import Path
 from tempfile import TemporaryDirectory
