@@ -1,8 +1,8 @@
-"""A transformer that sees few pictures learns more from them with a convolutional teacher beside the labels.
+"""A transformer that sees few photographs learns more from them with a convolutional teacher beside the labels.
 
-The teacher, a small ResNet, sees the same 3,000 pictures and labels as the students. Both students are the same network with two tokens and two
-heads, on the same batches; without a teacher both heads learn the label. Fewer steps and smaller patches left both students hardly trained, on the
-first 2,000 test pictures of a fixed shuffle. The scores are taken on the other pictures.
+The teacher, a small ResNet, sees the same 3,000 photographs and labels as the students. Both students are the same network with two tokens and two
+heads, on the same batches; without a teacher both heads learn the label. On handwritten digits, tried before, the teacher says what the labels say,
+and it did not help. Sizes were chosen on training photographs set aside; the test part is read once.
 """
 import torch
 import torch.nn.functional as F
@@ -13,13 +13,15 @@ from polysense.proofs.arms import accuracy, read_all, rest_of, some_of, train_ar
 from polysense.proofs.harness import Outcome
 from polysense.systems.backbone import deit, resnet
 
-STEPS, BATCH, LR, TEACHER = 900, 32, 1e-3, 250
-METRIC, HIGHER_IS_BETTER = f"mnist accuracy of a ViT 4x96 of patch 7 taught by a ResNet, {STEPS} steps of {BATCH} in three versions", True
-DATA = "mnist (3,000 train, 2,000 test)"
+STEPS, BATCH, LR, TEACHER = 900, 32, 1e-3, 800
+METRIC, HIGHER_IS_BETTER = f"cifar10 accuracy of a ViT 4x96 of patch 7 taught by a ResNet, {STEPS} steps of {BATCH} in three versions", True
+DATA = "cifar10 at 28 px (3,000 train, 2,000 test)"
 
 
 def run(seed: int, chosen: bool = True) -> Outcome:
-    few, test = some_of(source("mnist"), 3000, seed), (rest_of if chosen else some_of)(source("mnist", split="test"), 2000, 0)
+    train = source("cifar10")
+    test = some_of(source("cifar10", split="test"), 2000, 0) if chosen else some_of(train, 4000, 9)
+    few = some_of(train if chosen else rest_of(train, 4000, 9), 3000, seed)
     made = train_arm("resnet", resnet.tiny().but(**{"stages.0.steps": TEACHER, "stages.0.batch_size": 64}), few, needs=("image", "label"), seed=seed)
     teacher = made.subject.system.state_dict()
 
