@@ -1,7 +1,7 @@
 """One training step (forward, loss, backward, optimiser, moving teacher) of self-supervised rows: SimCLR, MoCo and DINO against lightly, SimMIM and
 BEiT against transformers, in one run at equal mathematics.
 
-    python bench/selfsup_step.py [--rounds 3] [--only simclr moco dino simmim beit] [--json docs/proofs/bench_selfsup_step.json]
+    python bench/selfsup_step.py [--rounds 3] [--only simclr moco dino simmim_swin simmim_vit beit] [--json docs/proofs/bench_selfsup_step.json]
 
 fp32, pictures in memory. SimCLR and MoCo: ResNet-18 at 96 px, batch 32, lightly's heads and losses on torchvision's network; MoCo's queue holds
 4,096 keys. DINO: a ViT of width 192 and 12 blocks at 224 px, two views and six crops of 96 px, batch 2, 8,192 prototypes, on timm's network.
@@ -138,22 +138,36 @@ def dino_arms() -> dict[str, Step]:
 
 
 def simmim_arms() -> dict[str, Step]:
-    hf, image = reference("transformers"), torch.randn(2, 3, 224, 224)
+    hf, image = reference("transformers"), torch.randn(8, 3, 224, 224)
     mine = simmim.plain_vit_b_16().config.build()
     theirs = hf.ViTForMaskedImageModeling(hf.ViTConfig(encoder_stride=16)).train()
 
     def loss() -> tuple[Tensor, dict[str, Tensor]]:
         return theirs(image, bool_masked_pos=mine.masking(image).mask).loss, {}  # type: ignore[operator]
-    return {"simmim": ours(mine, simmim.SimMIM.losses, {"image": image}), "simmim, transformers": stepping(theirs, loss, False)}
+    return {"simmim vit": ours(mine, simmim.SimMIM.losses, {"image": image}), "simmim vit, transformers": stepping(theirs, loss, False)}
+
+
+def simmim_swin_arms() -> dict[str, Step]:
+    """The paper's own configuration."""
+    hf, image = reference("transformers"), torch.randn(8, 3, 192, 192)
+    config: Any = simmim.paper().config
+    mine: Any = config.build()
+    theirs = hf.SwinForMaskedImageModeling(hf.SwinConfig(
+        image_size=192, patch_size=4, embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32), window_size=6, encoder_stride=32,
+        drop_path_rate=config.encoder.drop_path)).train()
+
+    def loss() -> tuple[Tensor, dict[str, Tensor]]:
+        return theirs(image, bool_masked_pos=mine.masking(image).mask).loss, {}  # type: ignore[operator]
+    return {"simmim swin": ours(mine, simmim.SimMIM.losses, {"image": image}), "simmim swin, transformers": stepping(theirs, loss, False)}
 
 
 def beit_arms() -> dict[str, Step]:
-    hf, image = reference("transformers"), torch.randn(2, 3, 224, 224)
+    hf, image = reference("transformers"), torch.randn(8, 3, 224, 224)
     plan = beit.paper()
     mine: Any = plan.config.build()
     theirs = hf.BeitForMaskedImageModeling(hf.BeitConfig(use_mask_token=True, use_shared_relative_position_bias=True, use_mean_pooling=False,
                                                          layer_scale_init_value=0.1, drop_path_rate=0.1, vocab_size=8192)).train()
-    ids = torch.randint(8192, (2, 196))
+    ids = torch.randint(8192, (8, 196))
 
     def own() -> tuple[Tensor, dict[str, Tensor]]:
         masking: Masking = mine.masking(image)
@@ -165,7 +179,7 @@ def beit_arms() -> dict[str, Step]:
     return {"beit": stepping(mine.train(), own, False), "beit, transformers": stepping(theirs, loss, False)}
 
 
-ARMS = {"simclr": simclr_arms, "moco": moco_arms, "dino": dino_arms, "simmim": simmim_arms, "beit": beit_arms}
+ARMS = {"simclr": simclr_arms, "moco": moco_arms, "dino": dino_arms, "simmim_vit": simmim_arms, "simmim_swin": simmim_swin_arms, "beit": beit_arms}
 
 
 def main() -> None:

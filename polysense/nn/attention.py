@@ -39,17 +39,19 @@ def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False, dropout: float = 0.0) -> Tensor:
     """softmax(q k^T / sqrt(H)) v: q [B,N,T,H], k and v [B,M,S,H] with M dividing N; mask [B,N,T,S] or broadcastable -> [B,N,T,H].
 
-    Everywhere torch's fused kernel, but for one case: the backward of its bfloat16 kernel on processors takes three to five times as long
-    as the plain products (measured at T=22 to 197), so short sequences that are trained there take the plain products.
+    Everywhere torch's fused kernel, but for two cases on processors, which take the plain products: bfloat16, whose fused backward takes three to
+    five times as long on short sequences (measured at T=22 to 197); and a mask that learns, for which torch has no fused kernel there.
     """
-    if (q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad and torch.is_grad_enabled() and not dropout
-            and q.shape[1] == k.shape[1] and q.shape[2] * k.shape[2] <= SHORT ** 2):
-        scores = (q * q.shape[-1] ** -0.5) @ k.mT
-        if causal:
-            mask = causal_mask(q.shape[2], k.shape[2], q.device)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.to(scores.dtype)
-        return scores.softmax(-1).to(v.dtype) @ v
+    if q.device.type == "cpu" and torch.is_grad_enabled() and not dropout and q.shape[1] == k.shape[1]:
+        learns = mask is not None and mask.requires_grad
+        if learns or (q.requires_grad and q.dtype == torch.bfloat16 and q.shape[2] * k.shape[2] <= SHORT ** 2):
+            scores = (q * q.shape[-1] ** -0.5) @ k.mT
+            if causal:
+                earlier = causal_mask(q.shape[2], k.shape[2], q.device)
+                mask = earlier if mask is None else mask.masked_fill(~earlier, -torch.inf) if learns else mask & earlier
+            if mask is not None:
+                scores = scores.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else scores.add_(mask.to(scores.dtype))
+            return scores.softmax(-1).to(v.dtype) @ v
     mask = mask.to(q.dtype) if mask is not None and mask.dtype != torch.bool else mask
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1])
 

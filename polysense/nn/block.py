@@ -10,7 +10,7 @@ from polysense.base.system import Part
 from polysense.nn.attention import Attention
 from polysense.nn.build import build
 from polysense.nn.cache import LayerCache
-from polysense.nn.drop import drop_path
+from polysense.nn.drop import drop_path, residual
 from polysense.nn.mlp import MLP
 from polysense.nn.norm import LayerNorm
 
@@ -43,10 +43,12 @@ class _Block(Part):
             self.scale1, self.scale2 = (nn.Parameter(torch.full((c.width,), c.layer_scale)) for _ in range(2))
         self.dropout, self.drop_path = c.dropout, c.drop_path
 
-    def _branch(self, y: Tensor, scale: Tensor | None = None) -> Tensor:
+    def _noisy(self, y: Tensor, scale: Tensor | None = None) -> Tensor:
         y = y if scale is None else y * scale
-        y = F.dropout(y, self.dropout, self.training) if self.dropout else y
-        return drop_path(y, self.drop_path, self.training)
+        return F.dropout(y, self.dropout, self.training) if self.dropout else y
+
+    def _branch(self, y: Tensor, scale: Tensor | None = None) -> Tensor:
+        return drop_path(self._noisy(y, scale), self.drop_path, self.training)
 
 
 class PreNorm(_Block):
@@ -65,10 +67,15 @@ class PreNorm(_Block):
         if query is not None:
             x = query + self._branch(self.attn(self.norm1(query), self.norm1(x), mask=mask), self.scale1)
         else:
-            x = x + self._branch(self.attn(self.norm1(x), mask=mask, causal=causal, cache=cache, position=position), self.scale1)
+            def attend(x: Tensor, mask: Tensor | None) -> Tensor:
+                return self._noisy(self.attn(self.norm1(x), mask=mask, causal=causal, cache=cache, position=position), self.scale1)
+
+            # positions may belong to samples, and a cache does: then nobody is left out
+            x = residual(x, attend, self.drop_path, self.training, mask) if position is None and cache is None else x + drop_path(
+                attend(x, mask), self.drop_path, self.training)
         if self.cross is not None and self.norm_cross is not None and source is not None:
             x = x + self._branch(self.cross(self.norm_cross(x), source, mask=source_mask))
-        return x + self._branch(self.mlp(self.norm2(x)), self.scale2)
+        return residual(x, lambda x: self._noisy(self.mlp(self.norm2(x)), self.scale2), self.drop_path, self.training)
 
     def unmixed(self, x: Tensor) -> Tensor:
         """x [B,T,D] -> [B,T,D]: the attention's value path alone, no mixing, no residual, no MLP: local features (MaskCLIP, Zhou et al. 2022)."""

@@ -10,7 +10,7 @@ from polysense.base.errors import UserError
 from polysense.base.spec import Spec
 from polysense.base.system import Part
 from polysense.nn.attention import Attention, attend, lowered
-from polysense.nn.drop import drop_path
+from polysense.nn.drop import residual
 from polysense.nn.mlp import MLP
 from polysense.nn.norm import LayerNorm, LayerNorm2d
 from polysense.nn.patch import Patches
@@ -85,10 +85,12 @@ class Block(Part):
         self.window, self.drop_path = c.window, c.drop_path
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.norm1(x)
-        y = joined(self.attn(windows(y, self.window)), (x.shape[1], x.shape[2])) if self.window else self.attn(y)
-        x = x + drop_path(y, self.drop_path, self.training)
-        return x + drop_path(self.mlp(self.norm2(x)), self.drop_path, self.training)
+        x = residual(x, self.look, self.drop_path, self.training)
+        return residual(x, lambda x: self.mlp(self.norm2(x)), self.drop_path, self.training)
+
+    def look(self, x: Tensor) -> Tensor:
+        x, size = self.norm1(x), (x.shape[1], x.shape[2])
+        return joined(self.attn(windows(x, self.window)), size) if self.window else self.attn(x)
 
 
 class Neck(Part):

@@ -12,7 +12,7 @@ from polysense.base.spec import Spec
 from polysense.base.system import Part
 from polysense.nn.attention import Attention
 from polysense.nn.build import build
-from polysense.nn.drop import drop_path
+from polysense.nn.drop import residual
 from polysense.nn.mlp import MLP
 from polysense.nn.norm import LayerNorm
 from polysense.nn.patch import Patches
@@ -20,7 +20,7 @@ from polysense.nn.relative import offsets
 from polysense.towers.encoded import Encoded, Tower
 
 Fill = tuple[Tensor, Tensor]                 # mask [B,N], True is hidden, and the token [1,1,D] that stands there instead
-APART = -100.0                               # added to the score of two places that only the shift has brought into one window (released code)
+APART = -torch.inf                           # exp(-100), as released, is a number so small that processors multiply it slowly
 
 
 def into_windows(x: Tensor, side: int) -> Tensor:
@@ -74,8 +74,8 @@ class WindowBlock(Part):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B,H,W,D] -> [B,H,W,D]; a map that windows do not divide is padded with zeros while attention looks at it."""
-        x = x + drop_path(self.look(self.norm1(x)), self.drop_path, self.training)
-        return x + drop_path(self.mlp(self.norm2(x)), self.drop_path, self.training)
+        x = residual(x, lambda x: self.look(self.norm1(x)), self.drop_path, self.training)
+        return residual(x, lambda x: self.mlp(self.norm2(x)), self.drop_path, self.training)
 
     def look(self, x: Tensor) -> Tensor:
         """Attention within windows: [B,H,W,D] -> [B,H,W,D]."""
@@ -83,7 +83,7 @@ class WindowBlock(Part):
         # a map of one window has nothing to shift into (released code)
         shift = self.shift if min(h, w) > self.window else 0
         x = torch.roll(x, (-shift, -shift), (1, 2)) if shift else x
-        x = F.pad(x, (0, 0, 0, -w % self.window, 0, -h % self.window))
+        x = F.pad(x, (0, 0, 0, -w % self.window, 0, -h % self.window)) if h % self.window or w % self.window else x    # F.pad always copies
         size = (x.shape[1], x.shape[2])
         bias = self.table[self.index].permute(2, 0, 1)[None]
         if shift:
@@ -106,7 +106,7 @@ class Merge(Part):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B,H,W,D] -> [B,H/2,W/2,2D]; an odd side is padded."""
-        x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+        x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2)) if x.shape[1] % 2 or x.shape[2] % 2 else x
         b, h, w, d = x.shape
         x = x.view(b, h // 2, 2, w // 2, 2, d).permute(0, 1, 3, 4, 2, 5).flatten(3)
         return self.linear(self.norm(x))

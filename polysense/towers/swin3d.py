@@ -11,7 +11,7 @@ from polysense.base.spec import Spec
 from polysense.base.system import Part
 from polysense.nn.attention import Attention
 from polysense.nn.build import build
-from polysense.nn.drop import drop_path
+from polysense.nn.drop import residual
 from polysense.nn.mlp import MLP
 from polysense.nn.norm import LayerNorm
 from polysense.nn.patch import Patches
@@ -83,8 +83,8 @@ class CubeBlock(Part):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B,T,H,W,D] -> the same shape; a map that windows do not divide is padded with zeros while attention looks at it."""
-        x = x + drop_path(self.look(self.norm1(x)), self.drop_path, self.training)
-        return x + drop_path(self.mlp(self.norm2(x)), self.drop_path, self.training)
+        x = residual(x, lambda x: self.look(self.norm1(x)), self.drop_path, self.training)
+        return residual(x, lambda x: self.mlp(self.norm2(x)), self.drop_path, self.training)
 
     def bias(self, window: Three) -> Tensor:
         """[1,N,V,V] for a window no larger than this block's."""

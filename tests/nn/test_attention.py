@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from polysense.base.errors import UserError
-from polysense.nn.attention import Attention, attend, attention_mask
+from polysense.nn.attention import Attention, attend, attention_mask, causal_mask
 from polysense.nn.block import PostNorm, PreNorm
 from polysense.nn.mlp import GatedMLP
 from polysense.nn.norm import RMSNorm
@@ -141,3 +141,15 @@ def test_plain_products_for_bfloat16_training_equal_the_fused_kernel(keyword: di
     ours, theirs = (torch.autograd.grad((y.float() * probe).sum(), (q, k, v)) for y in (plain, exact))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.float(), b.float(), atol=0.06, rtol=0.06)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_learned_bias_gives_what_the_fused_kernel_gives_and_its_gradient(causal):
+    q, k, v = (torch.randn(2, 3, 7, 4, requires_grad=True) for _ in range(3))
+    bias = torch.randn(1, 3, 7, 7, requires_grad=True)
+    earlier = causal_mask(7, 7, q.device)
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias.masked_fill(~earlier, -torch.inf) if causal else bias)
+    ours = attend(q, k, v, bias, causal)
+    torch.testing.assert_close(ours, want)
+    for a, b in zip(torch.autograd.grad(ours.square().sum(), (q, k, v, bias)), torch.autograd.grad(want.square().sum(), (q, k, v, bias))):
+        torch.testing.assert_close(a, b)

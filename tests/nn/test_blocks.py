@@ -8,7 +8,7 @@ from polysense.base.errors import UserError
 from polysense.nn.activation import ACTIVATIONS, activation
 from polysense.nn.attention import Attention
 from polysense.nn.block import PostNorm, PreNorm
-from polysense.nn.drop import drop_path
+from polysense.nn.drop import drop_path, residual
 from polysense.nn.init import ClipInit, NormalInit, XavierInit
 from polysense.nn.mlp import MLP, GatedMLP
 from polysense.nn.norm import LayerNorm, RMSNorm
@@ -69,6 +69,37 @@ def test_drop_path_keeps_the_expectation_and_drops_whole_samples():
     x = torch.randn(64, 3, 8)
     always = PreNorm.Config(width=8, heads=2, drop_path=1 - 1e-9).build()
     assert torch.equal(always(x), x) and not torch.equal(always.eval()(x), x)
+
+
+def test_stochastic_depth_computes_nothing_for_what_it_drops_and_gives_the_same_numbers_and_gradients():
+    x, mask, seen = torch.randn(16, 3, 8, requires_grad=True), torch.rand(16, 3) > 0.2, []
+    layer = torch.nn.Linear(8, 8)
+
+    def branch(x, mask):
+        seen.append(len(x))
+        return layer(x) * mask[..., None]
+
+    def both(function):
+        torch.manual_seed(3)
+        y = function()
+        return y, *torch.autograd.grad(y.square().sum(), (x, layer.weight))
+    plain = both(lambda: x + drop_path(branch(x, mask), 0.5, True))
+    ours = both(lambda: residual(x, branch, 0.5, True, mask))
+    torch.testing.assert_close(ours, plain)
+    assert seen[0] == 16 and 0 < seen[1] < 16
+    nobody, *gradients = both(lambda: residual(x, branch, 1 - 1e-9, True, mask))
+    assert torch.equal(nobody, x) and not gradients[1].any(), "a gradient of every weight, though it is zero"
+
+
+def test_a_block_with_a_mask_for_each_sample_drops_rows_of_both():
+    x, mask = torch.randn(12, 5, 8), torch.arange(5) < torch.randint(2, 6, (12, 1))
+    block = PreNorm.Config(width=8, heads=2, drop_path=0.4).build()
+    for given in (mask, torch.randn(1, 2, 5, 5, requires_grad=True), None):
+        torch.manual_seed(0)
+        ours = block(x, mask=given)
+        torch.manual_seed(0)
+        y = x + drop_path(block.attn(block.norm1(x), mask=given), 0.4, True)
+        torch.testing.assert_close(ours, y + drop_path(block.mlp(block.norm2(y)), 0.4, True))
 
 
 def test_dropout_is_off_in_eval_and_scales_in_training():
