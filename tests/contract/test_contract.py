@@ -1,6 +1,7 @@
 """One exam for every recipe: checks x catalogue. A new system gets all of these without writing a line."""
 import inspect
 import json
+from contextlib import nullcontext
 from dataclasses import fields
 from functools import cache
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from polysense.base.protocols import CAPABILITIES, capabilities
 from polysense.base.spec import from_dict
 from polysense.base.system import System
 from polysense.data import source
+from polysense.train.gradients import Call, backward, joined, split
 from polysense.train.starts import carry
 
 CARDS = polysense.catalogue()
@@ -243,6 +245,40 @@ def test_a_step_down_the_gradient_lowers_the_loss(recipe):
             optimizer.step()
             seen.append(float(loss.detach()))
         assert min(seen[1:]) < seen[0], f"{stage.name}: {seen}"
+
+
+def test_any_batch_size_is_learned_exactly_with_the_activations_of_a_part_of_it(recipe):
+    """Where samples meet only in the objective, gradient caching gives the gradients of one graph over all parts, noise and masks included."""
+    card, _, preset, _ = recipe
+    for stage in preset.stages:
+        if stage.embed is None:
+            continue
+        found = []
+        for chunk in (None, 3):
+            torch.manual_seed(0)
+            system = begun(preset)
+            system.choose_trainable(stage.trainable)
+            system.train()
+            batch = fake_batch(preset, card.needs, n=5)
+            torch.manual_seed(1)
+            if chunk:
+                backward(Call(system), stage.but(chunk=chunk), batch, lambda on: nullcontext())
+            else:
+                seen = joined([dict(stage.embed(system, part)) for part in split(batch, 3)])
+                stage.objective(system, seen).total(stage.weights).backward()
+            found.append({n: p.grad for n, p in system.named_parameters() if p.grad is not None})
+        one, parts = found
+        assert one and one.keys() == parts.keys(), stage.name
+        for name, gradient in one.items():
+            close = 1e-5 * max(1.0, float(gradient.abs().max()))
+            torch.testing.assert_close(parts[name], gradient, rtol=1e-3, atol=close, msg=f"{stage.name} {name}")
+
+
+def test_every_contrastive_row_of_language_supervision_can_be_taught_in_parts():
+    """All but CoOp, whose prompts are compared with one picture at a time, and those that only write."""
+    rows = "clip clip_scaling eva_clip flip klite laclip stair imagebind languagebind filip coca unicl lit mofi slip declip nclip_xclip mae_clip " \
+           "dual_triplet"
+    assert [i for i in rows.split() if any(s.embed is None for s in preset_of(i).stages)] == []
 
 
 def test_paper_preset_builds_on_the_meta_device(recipe):

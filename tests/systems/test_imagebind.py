@@ -48,7 +48,7 @@ def batch(n: int = 4, seed: int = 0) -> dict[str, torch.Tensor]:
 
 def test_the_loss_is_symmetric_infonce_at_a_fixed_temperature(model):
     b = batch()
-    losses = model.bind({k: b[k] for k in ("image", "audio", "depth")})
+    losses = model.bind(model.embed({k: b[k] for k in ("image", "audio", "depth")}))
     assert set(losses) == {"audio", "depth"}
     for name, scale in (("audio", 20.0), ("depth", 5.0)):
         logits = scale * model.encode_image(b["image"]) @ getattr(model, f"encode_{name}")(b[name]).T
@@ -73,7 +73,7 @@ def test_pairs_of_two_other_modalities_are_never_compared(model):
     b, want = batch(), {}
     for extra in ({}, {"depth": b["depth"]}, {"thermal": b["thermal"], "text": b["text"]}):
         model.zero_grad()
-        model.bind({"image": b["image"], "audio": b["audio"]} | extra)["audio"].backward()
+        model.bind(model.embed({"image": b["image"], "audio": b["audio"]} | extra))["audio"].backward()
         got = {n: p.grad.clone() for n, p in model.audio.named_parameters()}
         want = want or got
         assert all(torch.equal(got[n], want[n]) for n in got)
@@ -154,7 +154,7 @@ def test_depth_preset_trains_depth():
     model = preset.config.build()
     stage = preset.stages[0]
     model.choose_trainable(stage.trainable)
-    assert set(model.bind(fake_batch(preset, ("image",)) | {"depth": torch.rand(4, 1, 64, 64)})) == {"depth"}
+    assert set(model.bind(model.embed(fake_batch(preset, ("image",)) | {"depth": torch.rand(4, 1, 64, 64)}))) == {"depth"}
     assert {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad} == {"depth"}
 
 
@@ -170,7 +170,7 @@ def test_wrong_shapes_are_refused_in_one_line(model, name, value):
 
 def test_what_is_not_bound_says_what_is():
     deaf = small(audio=None).build()
-    for act in (lambda: deaf.encode_audio(torch.zeros(1, 4000)), lambda: deaf.bind({"image": torch.zeros(1, 3, 16, 16)}),
+    for act in (lambda: deaf.encode_audio(torch.zeros(1, 4000)), lambda: deaf.embed({"image": torch.zeros(1, 3, 16, 16)}),
                 lambda: deaf.sense("smell")):
         with pytest.raises(UserError, match="depth"):
             act()

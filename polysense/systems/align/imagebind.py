@@ -86,14 +86,18 @@ class ImageBind(SenseSpace):
         """exp(log_scale), at most 100."""
         return self.log_scale.exp().clamp(max=100.0)
 
-    def bind(self, batch: Batch) -> Losses:
-        """One symmetric InfoNCE between the pictures and each other modality of the batch, each with its own fixed temperature."""
-        with torch.no_grad():
-            image = self.encode_image(batch["image"])
+    def embed(self, batch: Batch) -> dict[str, Tensor]:
+        """`image` and every other modality of the batch, unit norm [B,D]: what samples meet by."""
         found = [s for s in SENSES if s in batch]
         if not found:
             raise UserError("the batch holds nothing to bind to its pictures", f"give one of {', '.join(SENSES)}")
-        return Losses(**{s: info_nce(image, getattr(self, f"encode_{s}")(batch[s]), self.sense(s).log_scale.exp()) for s in found})
+        with torch.no_grad():
+            image = self.encode_image(batch["image"])
+        return {"image": image, **{s: getattr(self, f"encode_{s}")(batch[s]) for s in found}}
+
+    def bind(self, seen: dict[str, Tensor]) -> Losses:
+        """One symmetric InfoNCE between the pictures and each other modality, each with its own fixed temperature."""
+        return Losses(**{s: info_nce(seen["image"], seen[s], self.sense(s).log_scale.exp()) for s in SENSES if s in seen})
 
     def encode_image(self, image: Tensor) -> Tensor:
         """image [B,3,H,W] -> [B,D], unit norm: a clip that stands still."""
@@ -165,7 +169,7 @@ def tiny() -> Preset:
         config=ImageBind.Config(**towers, clip_samples=16_000, audio=bound(128, 4, 2, 192, 20.0, mel=mel, kernel=8, stride=6)),
         feed=Feed(image=ImagePlan(size=64), text=TextPlan(vocab=4096, length=48), video=VideoPlan(frames=8),
                   audio=AudioPlan(train_seconds=1.0)),
-        stages=(Stage(name="audio", objective=ImageBind.bind, trainable=("audio.*",), steps=400, batch_size=64,
+        stages=(Stage(name="audio", objective=ImageBind.bind, embed=ImageBind.embed, trainable=("audio.*",), steps=400, batch_size=64,
                       optim=Optim(lr=1e-3, weight_decay=0.05, betas=(0.9, 0.95), warmup=40, clip=1.0)),))
 
 
@@ -187,5 +191,6 @@ def paper() -> Preset:
         data="audioset", config=ImageBind.Config(**clip(224, 14, image, text, 1024, NORM), **senses),
         feed=Feed(image=ImagePlan(size=224), text=TextPlan(vocab=49408, length=77, pad="zero"), video=VideoPlan(frames=2),
                   audio=AudioPlan(train_seconds=2.0)),
-        stages=(Stage(name="audio", objective=ImageBind.bind, trainable=("audio.*",), steps=64 * 1_700_000 // 512, batch_size=512,
+        stages=(Stage(name="audio", objective=ImageBind.bind, embed=ImageBind.embed, trainable=("audio.*",),
+                      steps=64 * 1_700_000 // 512, batch_size=512,
                       optim=Optim(lr=1.6e-3, weight_decay=0.2, betas=(0.9, 0.95), warmup=2 * 1_700_000 // 512, clip=1.0)),))
