@@ -3,10 +3,9 @@
 The trigram baseline knows both neighbours of a hidden word: it says the word that stood most often between these two in training, else the one that
 is likeliest by either neighbour alone (counts of both multiplied), else the most frequent of all. Both see the same texts, and the same places are
 hidden from them. In the notes: what shape a sentence about a drawn thing names, one of ten, by a linear classifier of [CLS], and of the [CLS] of
-the same encoder untrained. The rate is that of the preset: on captions set aside, higher and lower ones were worse. The number of steps is what
-five minutes allow. As filed, counts of both neighbours guess more than the network, which hears of a few hundred hidden words a step and is still
-learning when the steps end; its [CLS] tells shapes no better than that of the untrained network, in which a sentence of so few words is laid out
-plainly.
+the same encoder untrained. The rate is that of the preset; a higher one was worse on captions set aside. The number of steps is what five minutes
+allow. As filed, counts of both neighbours guess more than the network, which hears of a few hundred hidden words a step and is still learning when
+the steps end; its [CLS] tells shapes no better than that of the untrained network, in which a sentence of so few words is laid out plainly.
 """
 from collections import Counter, defaultdict
 from typing import Any
