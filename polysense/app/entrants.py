@@ -163,11 +163,11 @@ def lend(ours: Preset, reference: Preset, image: bool, text: bool) -> tuple[Pres
             lent[kind] = mine, getattr(before, "width", 0), getattr(after, "width", 0)
     both = len(lent) == 2 or not (tower_of(config, "image") and tower_of(config, "text"))
     heads = {h for h in HEADS if both and type(getattr(config, h, None)) is type(getattr(reference.config, h, 0))}
-    space = {getattr(getattr(c, h), "out", 0) for c in (config, reference.config) for h in heads}
+    space = {getattr(getattr(config, h), "out", None) for h in heads}
     config = config.but(**{h: getattr(reference.config, h) for h in heads})      # a head of another kind makes a recipe itself
-    queue = getattr(config, "queue", None)
-    if heads and getattr(queue, "width", 0) in space:                            # it keeps features as they leave the heads
-        config = config.but(**{"queue.width": getattr(config, min(heads)).out})
+    queue, out = getattr(config, "queue", None), [getattr(getattr(config, h), "out", None) for h in sorted(heads)]
+    if queue is not None and out and out[0] and getattr(queue, "width", None) in space:     # it keeps features as they leave the heads
+        config = config.but(**{"queue.width": out[0]})
     kept = {f.name for f in fields(config) if len(lent) == 1 and f.name.startswith("text_" if "image" in lent else ("image_", "vision_"))}
     for _, before, after in lent.values():
         if before != after:
