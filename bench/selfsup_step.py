@@ -5,8 +5,9 @@ BEiT against transformers, in one run at equal mathematics.
 
 fp32, pictures in memory. SimCLR and MoCo: ResNet-18 at 96 px, batch 32, lightly's heads and losses on torchvision's network; MoCo's queue holds
 4,096 keys. DINO: a ViT of width 192 and 12 blocks at 224 px, two views and six crops of 96 px, batch 2, 8,192 prototypes, on timm's network.
-SimMIM and BEiT: ViT-B/16 at 224 px, batch 2; BEiT's codes are given, as the tokenizer is no part of the comparison. Most of their step is
-the same matrix products on both sides, so that their ratio stays near one. Both sides use the same
+SimMIM: the paper's Swin-B at 192 px, and ViT-B/16 at 224 px; BEiT: ViT-B/16 at 224 px with its codes given, as the
+tokenizer is no part of the comparison; batch 8. On a ViT most of the step is the same matrix products on both sides, so that the ratio stays near
+one; BEiT's stochastic depth computes nothing for what it drops. Both sides use the same
 optimiser of torch. Arms are interleaved, the median of processor seconds is taken. lightly (`pip install --no-deps lightly`) is no dependency:
 without it its arms are left out. torchvision need not have compiled operators: their names are declared here, as the tests do.
 """
