@@ -25,5 +25,9 @@ def residual(x: Tensor, branch: Callable[..., Tensor], rate: float, training: bo
     rows = kept.nonzero()[:, 0]
     if len(rows) in (0, len(x)):
         return x + branch(x, *beside) * (float(len(rows) > 0) / (1 - rate))
-    y = branch(x[rows], *(t if t is None or len(t) == 1 else t[rows] for t in beside))
-    return x.index_add(0, rows, y.to(x.dtype), alpha=1 / (1 - rate))
+    return added(x, rows, branch(x[rows], *(t if t is None or len(t) == 1 else t[rows] for t in beside)), 1 / (1 - rate))
+
+
+def added(x: Tensor, rows: Tensor, y: Tensor, scale: float) -> Tensor:
+    """x [B,...] with scale y [K,...] added to its rows [K]."""
+    return x.index_add(0, rows, y.to(x.dtype), alpha=scale)

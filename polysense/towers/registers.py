@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from polysense.base.errors import UserError
 from polysense.nn.block import PreNorm
+from polysense.nn.drop import added
 from polysense.nn.transformer import Transformer
 from polysense.towers.vit import ViT
 
@@ -82,5 +83,4 @@ class SkippingBlock(PreNorm):
         kept = max(1, int(len(x) * (1 - self.drop_path)))
         rows = torch.randperm(len(x), device=x.device)[:kept]
         y = branch(x[rows])  # type: ignore[operator]
-        y = (y if scale is None else y * scale) * (len(x) / kept)
-        return x.index_add(0, rows, y.to(x.dtype))
+        return added(x, rows, y if scale is None else y * scale, len(x) / kept)

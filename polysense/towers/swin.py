@@ -20,7 +20,8 @@ from polysense.nn.relative import offsets
 from polysense.towers.encoded import Encoded, Tower
 
 Fill = tuple[Tensor, Tensor]                 # mask [B,N], True is hidden, and the token [1,1,D] that stands there instead
-APART = -torch.inf                           # exp(-100), as released, is a number so small that processors multiply it slowly
+# added to the score of two places that only the shift has brought into one window; exp of the released -100 is too small to be multiplied fast
+APART = -torch.inf
 
 
 def into_windows(x: Tensor, side: int) -> Tensor:
