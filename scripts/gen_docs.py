@@ -274,7 +274,8 @@ def command(facts: dict[str, Any]) -> str:
     systems = facts["systems"] if not vary else [facts["of"]]
     on = [f"--on {facts['on']}"] if facts["on"] != facts["data"] else []
     return " ".join(["polysense compare", *systems, *changes, "--data", facts["data"], *on, *vary, f"--{budget[1]} {budget[0]}",
-                     f"--seeds {len(facts['seeds'])} --exams {','.join(facts['exams'])} --probe {facts['probe']}"])
+                     f"--seeds {len(facts['seeds'])} --exams {','.join(facts['exams'])} --probe {facts['probe']}",
+                     *(["--untrained"] if facts.get("untrained") else [])])
 
 
 def rankings(made: Any) -> list[str]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from polysense.app.entrants import Budget, Entrant, line_up
+from polysense.app.entrants import Budget, Entrant, line_up, views
 from polysense.app.files import place
 from polysense.base.errors import UserError
 from polysense.base.protocols import fulfils
@@ -86,13 +86,14 @@ class Comparison:
 def compare(systems: Sequence[str], data: str, budget: Budget, *, seeds: int | Sequence[int] = 3, out: str | Path,
             vary: Sequence[tuple[str, Sequence[Any]]] = (), overrides: dict[str, Any] | None = None, share: bool = True,
             exams: Sequence[str] = CHOSEN, on: str | None = None, split: str = "train", test_split: str = "val", probe: int = 2000, points: int = 4,
-            device: str | None = None, workers: int | None = None, say: Say = lambda text: None) -> Comparison:
+            untrained: bool = False, device: str | None = None, workers: int | None = None, say: Say = lambda text: None) -> Comparison:
     """Trains and examines every system and writes the comparison into `out`.
 
     systems: ids, or id:preset; the first is the reference that others are tested against and whose towers they share. data: sources joined by "+";
     each is examined on its own `test_split`. on: other sources to examine on, joined alike. vary: (dotted field or "objective", values) pairs of
     one system. overrides: dotted changes for the reference and for whoever has such a field. share=False: everybody with their own towers. probe:
-    training pictures of a probe at most. points: how often the learning curve is looked at. Raises UserError where fewer than two systems can take
+    training pictures of a probe at most. points: how often the learning curve is looked at. untrained: a line more, the reference with the weights it
+    is born with, which says what the exams give for features that nobody trained. Raises UserError where fewer than two systems can take
     part.
     """
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
@@ -100,6 +101,9 @@ def compare(systems: Sequence[str], data: str, budget: Budget, *, seeds: int | S
         raise UserError("a comparison needs at least one seed", "say seeds=1, or better 3")
     asked = [exam_of(e).name for e in exams]
     entrants = line_up(systems, data, budget, vary=vary, overrides=overrides, share=share, split=split)
+    first = next(e for e in entrants if not e.why)
+    if untrained:
+        entrants.append(Entrant(f"{first.label}, untrained", first.id, first.preset, first.plan, first.changes, trained=False))
     fit = [e for e in entrants if not e.why]
     for e in entrants:
         for note in ([f"left out: {e.why}"] if e.why else e.notes):
@@ -110,9 +114,10 @@ def compare(systems: Sequence[str], data: str, budget: Budget, *, seeds: int | S
     for n, (seed, e) in enumerate((s, e) for s in numbers for e in fit):         # seed by seed, so that a stopped comparison is a fair one
         if e.why:
             continue
-        say(f"[{n + 1}/{len(fit) * len(numbers)}] {e.label}, seed {seed}: {budget}")
+        say(f"[{n + 1}/{len(fit) * len(numbers)}] {e.label}, seed {seed}" + (f": {budget}" if e.trained else ""))
         try:
-            met[e.label].append(one_run(e, folder / "runs" / f"{safe(e.label)}-s{seed}", seed, budget, field_, points, device, workers, say))
+            own, firsts = (folder / "runs" / f"{safe(x.label)}-s{seed}" for x in (e, first))
+            met[e.label].append(one_run(e, own, firsts, seed, budget, field_, points, device, workers, say))
         except Stopped as error:                         # the others go on without it; without the reference there is nothing to compare with
             if e is fit[0]:
                 raise
@@ -120,16 +125,18 @@ def compare(systems: Sequence[str], data: str, budget: Budget, *, seeds: int | S
             say(f"{e.label}: left out: {e.why}")
     fit = [e for e in fit if not e.why]
     met = {e.label: met[e.label] for e in fit}
-    if len(fit) < 2:
+    if sum(e.trained for e in fit) < 2:
         raise UserError("nobody is left to compare with the reference", "see above what stopped the others")
-    facts = {"of": " ".join(systems), "systems": [e.label for e in fit], "reference": fit[0].label, "data": data, "on": on or data, "split": split,
+    facts = {"of": " ".join(systems), "systems": [e.label for e in fit if e.trained], "reference": fit[0].label,
+             "data": data, "on": on or data, "split": split,
              "budget": str(budget), "seeds": numbers, "exams": asked, "probe": probe, "changes": overrides or {},
              "vary": [[k, list(v)] for k, v in vary], "batch_size": fit[0].plan.stages[0].batch_size,
-             "plans": {e.label: e.plan.digest() for e in fit}, **about()}
+             "untrained": untrained, "views": {e.label: views(e.plan.feed) for e in fit if e.trained},
+             "plans": {e.label: e.plan.digest() for e in fit if e.trained}, **about()}
     result = Comparison(facts, [str(s) for s in field_.slots], rows(fit, field_.slots, met), {}, costs(met),
                         {e.label: e.why for e in entrants if e.why}, {e.label: e.notes for e in fit if e.notes})
     result.curves = curves(met)
-    result.losses = {e.label: met[e.label][0]["losses"] for e in fit}
+    result.losses = {e.label: met[e.label][0]["losses"] for e in fit if e.trained}
     result.write(folder)
     return result
 
@@ -180,23 +187,31 @@ def few(source: Any, most: int) -> Any:
     return source if len(source) <= most else Subset(source, [i * len(source) // most for i in range(most)])
 
 
-def one_run(e: Entrant, folder: Path, seed: int, budget: Budget, field_: Field, points: int, device: str | None, workers: int | None,
-            say: Say) -> dict[str, Any]:
-    """Trains where needed, examines where needed; {exams: {slot: {metric, value, chance, n, total, size}}, curve, losses, cost}."""
+def one_run(e: Entrant, folder: Path, firsts: Path, seed: int, budget: Budget, field_: Field, points: int, device: str | None,
+            workers: int | None, say: Say) -> dict[str, Any]:
+    """Trains where needed, examines where needed; {exams: {slot: {metric, value, chance, n, total, size}}, curve, losses, cost}.
+
+    firsts: the run of the reference with this seed, whose system is built anew where nothing is trained.
+    """
     kept = folder / KEPT
     settings = {**field_.settings, "form": FORM, "points": points, "digest": e.plan.digest()}
     if kept.is_file():
         before = json.loads(kept.read_text(encoding="utf-8"))
         if before["settings"] == settings:
             return before
-    trained(e, folder, seed, budget, points, device, workers, say)
     import polysense
+    from polysense.tasks.probes import untrained
 
-    pipeline = polysense.open(folder, device=device)
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    if e.trained:
+        trained(e, folder, seed, budget, points, device, workers, say)
+        pipeline = polysense.open(folder, device=device)
+    else:
+        pipeline = untrained(polysense.open(firsts, device=device), seed)
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()] if e.trained else []
+    steps = log[-1]["step"] if log else 0
     said = {"settings": settings, "exams": examined(pipeline, field_), "curve": curve(pipeline, folder, log, field_),
             "losses": ([s["step"] for s in log], [s["total"] for s in log]),
-            "cost": {"steps": log[-1]["step"], "samples": log[-1]["step"] * e.plan.stages[0].batch_size,
+            "cost": {"steps": steps, "samples": steps * e.plan.stages[0].batch_size,
                      "seconds": sum(s["seconds"] for s in log), "parameters": sum(p.numel() for p in pipeline.system.parameters())}}
     with place(kept) as beside:
         beside.write_text(json.dumps(said) + "\n", encoding="utf-8")

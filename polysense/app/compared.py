@@ -32,7 +32,8 @@ def about(c: "Comparison") -> list[str]:
     """What was done, in sentences."""
     f = c.facts
     seeds = f"{len(f['seeds'])} seed{'s' if len(f['seeds']) > 1 else ''}"
-    out = [f"{len(f['systems'])} systems, each trained on {f['data']} for {f['budget']} in batches of {f['batch_size']}, over {seeds}; "
+    beside = ", and beside them the first one as it is born" if f.get("untrained") else ""
+    out = [f"{len(f['systems'])} systems, each trained on {f['data']} for {f['budget']} in batches of {f['batch_size']}, over {seeds}{beside}; "
            f"all saw the same samples in the same order." + (f" All were examined on {f['on']}." if f["on"] != f["data"] else ""),
            f"Gaps are to {f['reference']}, the reference. Intervals are 95 % bootstrap intervals over test pictures and training seeds; "
            "differences are drawn in pairs, on the same pictures and seeds, and p is corrected for the number of systems (Holm).",
@@ -56,10 +57,20 @@ def markdown(c: "Comparison") -> str:
     for row in order(c):
         k = c.costs[row["system"]]
         lines.append(f"| {row['system']} | {k['steps']:,.0f} | {k['seconds']:,.0f} | {k['samples_per_s']:,.0f} | {k['parameters']:,.0f} |")
-    for title, said in (("What is not shared", {k: "; ".join(v) for k, v in c.notes.items()}), ("Left out", c.left_out)):
+    for title, said in (("What was done to the pictures", augmentations(c)),
+                        ("What is not shared", {k: "; ".join(v) for k, v in c.notes.items()}), ("Left out", c.left_out)):
         if said:
             lines += ["", f"## {title}", "", *(f"- {k}: {v}" for k, v in said.items())]
     return "\n".join(lines) + "\n"
+
+
+def augmentations(c: "Comparison") -> dict[str, str]:
+    """Who saw pictures changed in which way: {systems: views}; one entry for all that saw the same."""
+    alike: dict[str, list[str]] = {}
+    for label, said in c.facts.get("views", {}).items():
+        each = [(v, said.count(v)) for v in dict.fromkeys(said)]
+        alike.setdefault("; ".join(v if n == 1 else f"{n} x {v}" for v, n in each), []).append(label)
+    return {", ".join(labels): v for v, labels in alike.items()}
 
 
 def charts(c: "Comparison") -> list[tuple[str, str]]:
@@ -90,4 +101,5 @@ def html(c: "Comparison") -> str:
         rank = "–" if row["mean_rank"] is None else f"{row['mean_rank']:.2f}"
         table.append({"system": row["system"], "cells": cells, "rank": rank, "cost": c.costs[row["system"]], "notes": c.notes.get(row["system"], [])})
     losses = [(name, line_chart({name: (x, y)}, smooth=True, size=(4.2, 2.1))) for name, (x, y) in c.losses.items()]
-    return environment().get_template("compare.html").render(c=c, facts=c.facts, about=about(c), table=table, charts=charts(c), losses=losses)
+    return environment().get_template("compare.html").render(c=c, facts=c.facts, about=about(c), table=table, charts=charts(c), losses=losses,
+                                                             augmentations=augmentations(c))

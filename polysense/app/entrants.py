@@ -42,7 +42,8 @@ class Budget:
 
 @dataclass
 class Entrant:
-    """One line of the table. `plan` is what will be trained; `notes` say what it does not share, `why` it cannot take part ("" where it can)."""
+    """One line of the table. `plan` is what will be trained, unless it stays as it is born (`trained`); `notes` say what it does not share, `why`
+    it cannot take part ("" where it can)."""
     label: str
     id: str
     preset: str
@@ -50,6 +51,7 @@ class Entrant:
     changes: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     why: str = ""
+    trained: bool = True
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -214,6 +216,26 @@ def pictures_like(feed: Any, reference: Any) -> Any:
     return feed.but(**changes)
 
 
+def views(feed: Any) -> list[str]:
+    """What is done to pictures in training, view by view: crops as shares of the area, and the chance of each change."""
+    plans = list(feed.views) or [feed.train_image] if feed.train_image is not None or feed.views else []
+    return [said_of(plan) for plan in plans] or ["as they are"]
+
+
+def said_of(plan: Any) -> str:
+    fine = lambda v: f"{v:.3g}"
+    sides = getattr(plan, "sides", None)
+    words = [f"crops of sides {sides[0]} to {sides[1]}" if sides else f"crops of {fine(plan.scale[0])} to {fine(plan.scale[1])}"]
+    words += [f"{name} {fine(chance)}" for name, chance in (("flip", plan.flip), ("grey", plan.grey), ("blur", plan.blur),
+                                                            ("solarize", plan.solarize)) if chance]
+    if plan.jitter:
+        by = [f"{name} {fine(v)}" for name, v in zip(("brightness", "contrast", "saturation", "hue"), plan.jitter_by) if v]
+        words.append(f"jitter {fine(plan.jitter)} ({', '.join(by)})")
+    if getattr(plan, "operations", 0):
+        words.append(f"RandAugment {plan.operations} of magnitude {fine(plan.magnitude)}, erasing {fine(plan.erase)}")
+    return ", ".join(words)
+
+
 class Tokenizers:
     """A source as feeds tell it, and the tokenizers of its texts, each made once. Whoever judges pictures is asked only when the run begins."""
 
@@ -246,8 +268,10 @@ def once(made: list[tuple[Any, Any]], key: Any, make: Callable[[], Any]) -> Any:
 
 
 def tried(e: Entrant, plan: Preset, tokenizers: Tokenizers) -> str:
-    """Why a preset does not work: "" where each of its stages computes a finite loss on a few samples. Random states stay as they are."""
+    """Why a preset does not work: "" where each of its stages computes a finite loss on a few samples and has an optimiser that finds the
+    parameters it names. Random states stay as they are."""
     from polysense.data.loader import Loader
+    from polysense.train.optim import groups
 
     with torch.random.fork_rng(devices=[]):
         try:
@@ -258,11 +282,12 @@ def tried(e: Entrant, plan: Preset, tokenizers: Tokenizers) -> str:
                 if stage.run is not None:
                     continue
                 system.choose_trainable(stage.trainable)
+                groups(system, stage.optim)
                 losses = stage.objective(system.train(), stage.embed(system, batch) if stage.embed else batch)
                 if not all(bool(v.isfinite()) for v in losses.values()):
                     return "its loss is not finite"
         except UserError as error:
-            return str(error)
+            return error.what
         except Exception as error:           # a recipe may fail in any way on a tower that it was not made for
             return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}".rstrip(": ")
     return ""

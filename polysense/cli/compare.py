@@ -28,6 +28,7 @@ def compare(words: Annotated[list[str], typer.Argument(metavar="SYSTEM... [dotte
             test_split: Annotated[str, typer.Option(metavar="SPLIT", help="The part that is examined on.")] = "val",
             probe: Annotated[int, typer.Option(metavar="N", min=1, help="Training pictures of a probe at most.")] = 2000,
             points: Annotated[int, typer.Option(metavar="N", min=0, help="Looks at the scores on the way, for the curves.")] = 4,
+            untrained: Annotated[bool, typer.Option("--untrained", help="A line more: the first system as it is born.")] = False,
             out: Annotated[Path, typer.Option(metavar="DIR", help="Runs and tables; the same command goes on where it was.")] = Path("compared"),
             device: Annotated[str | None, typer.Option(metavar="DEVICE", help="cuda, mps or cpu.  [default: the first that exists]")] = None,
             workers: Annotated[int | None, typer.Option(metavar="N", min=0, help="Processes that decode pictures.")] = None,
@@ -44,6 +45,7 @@ def compare(words: Annotated[list[str], typer.Argument(metavar="SYSTEM... [dotte
       polysense compare clip:tiny_vit slip clip --data fashion_products --steps 300 --seeds 3 --out compared/first
       polysense compare clip --vary objective=info_nce,sigmoid --data fashion_products --samples 40000
       polysense compare simclr moco dino --data cifar10 --on cifar10+tiny_imagenet40 --exams knn_probe,linear_probe --steps 400
+        --untrained
       polysense compare clip batch_size=64 --vary optim.lr=5e-4,1e-3,2e-3 --data scenes --steps 200 --seeds 1
     """
     from polysense.app.compare import Budget
@@ -56,7 +58,7 @@ def compare(words: Annotated[list[str], typer.Argument(metavar="SYSTEM... [dotte
     chosen = Budget(steps=steps, samples=samples, seconds=seconds(budget) if budget else None)
     result = compared(systems, data, chosen, seeds=seeds, out=out, vary=[part(v) for v in vary or ()], overrides=changes, share=not own_towers,
                       exams=[e.strip() for e in exams.split(",") if e.strip()], on=on, test_split=test_split, probe=probe, points=points,
-                      device=device, workers=workers, say=note)
+                      untrained=untrained, device=device, workers=workers, say=note)
     if as_json:
         json_out(result.to_dict() | {"files": [str(out / f"compare.{e}") for e in ("html", "md", "json")]})
         return

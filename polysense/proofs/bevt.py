@@ -24,7 +24,7 @@ from polysense.systems.selfsup import bevt
 
 METRIC, HIGHER_IS_BETTER = "share of the hidden codes named right, at places that move, in unseen clips", True
 DATA = "surveillance_action (200 clips, 40 unseen) and 3,000 photographs of tiny_imagenet40, 32 px; 64 codes, 8x8 a frame"
-PICTURES, JOINT, ALONE, BATCH, CODEC = 100, 140, 230, 8, 250
+PICTURES, JOINT, ALONE, BATCH, CODEC = 300, 500, 820, 8, 250
 LONG, FRAMES, UNSEEN, MOVES = 32, 8, 30, 0.15
 
 

@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 import torch
 
+import polysense
 from polysense.app import compare as module
-from polysense.app.compare import Budget, compare
-from polysense.app.entrants import Tokenizers, entrant, lend, likewise, line_up, shared, varied
+from polysense.app.compare import Budget, Field, compare
+from polysense.app.entrants import Tokenizers, entrant, lend, likewise, line_up, shared, varied, views
+from polysense.base.catalogue import preset_of
 from polysense.base.errors import UserError
 from polysense.cli import main
 from polysense.cli.compare import part, seconds
 from polysense.data import source
+from polysense.tasks.probes import untrained
 from polysense.tasks.result import Units, holm, paired
 
 SMALL = {"vision.image_size": 32, "vision.patch": 16, "vision.body.depth": 1, "text.body.depth": 1, "batch_size": 8, "feed.image.size": 32,
@@ -118,6 +121,22 @@ def test_what_a_system_cannot_work_with_it_keeps_and_says_so(words):
     assert not made.why and made.plan.config.backbone == first.plan.config.vision, "any image tower fits a classifier"
     mae = shared(entrant("mae", {}), entrant("clip", {"batch_size": 8}), words)
     assert mae.notes and "own image tower" in mae.notes[0] and mae.plan.config == entrant("mae", {}).plan.config
+
+
+def test_a_tower_without_the_parameters_that_an_optimiser_names_is_not_lent(words):
+    """BEiT's table of relative positions learns at a rate of its own; MAE's tower has none, and training would stop at the first step."""
+    mae, beit = line_up(("mae", "beit"), "cifar10", Budget(steps=2))
+    assert beit.notes == ["its own image tower (lr_scale='*.relative.table' matches no parameter)"] and not beit.why
+    assert beit.plan.config.encoder == entrant("beit", {}).plan.config.encoder != mae.plan.config.encoder
+
+
+def test_augmentations_are_said_view_by_view():
+    assert views(entrant("moco", {}).plan.feed) == ["crops of 0.4 to 1, flip 0.5, jitter 0.5 (brightness 0.3)"] * 2
+    assert views(entrant("mae", {}).plan.feed) == ["crops of 0.2 to 1, flip 0.5"]
+    assert views(entrant("mae", {}).plan.feed.but(train_image=None)) == ["as they are"]
+    assert views(preset_of("dino", "paper").feed)[0] == ("crops of 0.25 to 1, flip 0.5, grey 0.2, blur 1, jitter 0.8 (brightness 0.4, contrast 0.4, "
+                                                         "saturation 0.2, hue 0.1)")
+    assert "RandAugment 2 of magnitude 9" in views(preset_of("deit", "paper").feed)[0]
 
 
 def test_the_data_must_offer_what_a_system_needs():
@@ -313,3 +332,20 @@ def test_one_that_stops_on_the_way_is_left_out_with_its_reason_and_the_others_go
     assert set(made.losses) == set(made.costs) == set(PAIR)
     with pytest.raises(UserError, match="nobody is left"):
         compare((PAIR[0], "flip"), "digits", Budget(steps=2), out=tmp_path, **{**GO, "seeds": 1})
+
+
+def test_beside_them_stands_the_first_one_as_it_is_born(tmp_path, monkeypatch):
+    """Untrained, its scores differ from those of what was trained, are those of the seed's own weights, and a second call works nothing out."""
+    def made():
+        return compare(("mae", "simmim"), "cifar10", Budget(steps=2), seeds=1, overrides={"batch_size": 4, "config.encoder.body.depth": 1},
+                       exams=("knn_probe",), probe=40, points=1, untrained=True, workers=0, out=tmp_path)
+
+    found = made()
+    assert [r["system"] for r in found.table] == ["mae", "simmim", "mae, untrained"] and found.facts["systems"] == ["mae", "simmim"]
+    assert found.costs["mae, untrained"]["steps"] == 0 and set(found.losses) == {"mae", "simmim"}
+    slot = found.slots[0]
+    born = untrained(polysense.open(tmp_path / "runs" / "mae-s0"), 0)
+    assert found.table[2]["scores"][slot]["value"] == module.examined(born, Field("cifar10", "train", "val", ["knn_probe"], 40))[slot]["value"]
+    assert "as it is born" in found.markdown() and "crops of 0.2 to 1" in found.markdown() and "mae, untrained" in found.html()
+    monkeypatch.setattr(module, "examined", lambda *a: pytest.fail("what is known was worked out again"))
+    assert made().table == found.table
