@@ -192,7 +192,7 @@ def exam(run: Run,
     asked = exam_options(chosen.name, options or [])
     test = source(str(data), split)
     train = source(str(data), train_split) if chosen.trains else None
-    with Bar("encoding", "pictures") as bar:
+    with Bar("tuning", "steps") if chosen.name == "fine_tune" else Bar("encoding", "pictures") as bar:
         result = take(chosen.name, pipeline, test, train, **({"progress": bar} | asked))
     said = {**result.to_dict(), "split": test.split}
     if (Path(run) / "run.json").is_file():

@@ -40,6 +40,7 @@ class Teacher(Part):
                             f"the decays lie between 0 and 1, the mode is one of {', '.join(MODES)}")
         self.first, self.last = ends
         self.mode = c.mode
+        self.averaged = tuple(n for n, _ in student.named_parameters(remove_duplicate=False))
         self.module: Any = _without_parameters(deepcopy(student))
 
     def momentum(self, progress: float) -> float:
@@ -59,6 +60,13 @@ class Teacher(Part):
         theirs = dict(student.named_parameters(remove_duplicate=False)) | dict(student.named_buffers(remove_duplicate=False))
         for name, value in self.module.named_buffers(remove_duplicate=False):
             value.copy_(_whole(theirs[name].detach()))
+
+    def thaw(self) -> None:
+        """What were parameters of the student become parameters here, for learning from labels what the teacher knows. It follows nobody any more."""
+        for name in self.averaged:
+            path, _, leaf = name.rpartition(".")
+            owner = self.module.get_submodule(path)
+            owner.register_parameter(leaf, nn.Parameter(owner._buffers.pop(leaf)))
 
     def train(self, mode: bool = True) -> Self:
         return super().train(mode and self.mode == "train")

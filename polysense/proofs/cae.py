@@ -3,7 +3,7 @@
 A VQ-VAE of 64 codes is trained on the photographs at 32 px, then CAE on its codes at 64 px. Noted beside it: the cosine of the features predicted of
 hidden patches with what the encoder says of them and with what it says of another photograph's; the attentive probe, this paper's exam, of CAE as
 it is trained and as it is born. Fewer steps of more pictures at a time had missed the nearest neighbour, on these very unseen photographs with
-another seed; the sizes that are set are larger and have not been tried to their end.
+another seed; the sizes that are set were chosen after that, and tried once with that seed.
 """
 import torch
 from torch import Tensor

@@ -25,6 +25,7 @@ class Exam:
     needs: tuple[str, ...]                   # batch keys that the sources offer
     trains: str                              # what is done with a training source; "" where it takes none
     says: str
+    reads: str = "features"                  # "pictures": more than the feature that encode_image says of each
 
 
 EXAMS: dict[str, Exam] = {e.name: e for e in (
@@ -49,9 +50,11 @@ EXAMS: dict[str, Exam] = {e.name: e for e in (
     Exam("few_shot", "polysense.tasks.few_shot", ("encode_image",), ("image", "label"), "ridge regression",
          "learn from 1, 5 or 10 pictures a class by ridge regression on frozen features"),
     Exam("attentive_probe", "polysense.tasks.attentive_probe", ("encode_image",), ("image", "label"), "an attention over frozen patches",
-         "a learned query over the frozen patches of a picture, and a linear layer"),
+         "a learned query over the frozen patches of a picture, and a linear layer", "pictures"),
+    Exam("fine_tune", "polysense.tasks.fine_tune", ("encode_image",), ("image", "label"), "every weight, in a copy",
+         "tune a copy of the image tower on labels, every weight of it", "pictures"),
     Exam("probes", "polysense.tasks.probes", ("encode_image",), ("image", "label"), "neighbours, linear, few-shot and attentive probe",
-         "all probes on features computed once, beside the same encoder untrained"),
+         "all probes on features computed once, beside the same encoder untrained", "pictures"),
     Exam("judged", "polysense.tasks.judged", ("generate_text",), ("image", "question", "answer"), "",
          "answer questions about pictures, graded by a language model that is told in words what they show, relative to a reference"),
     Exam("generation", "polysense.tasks.generation", ("sample_image",), ("image", "label"), "a small classifier whose features are compared",

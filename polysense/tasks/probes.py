@@ -2,8 +2,8 @@
 untrained. No score says as much alone: a probe of random weights is far above chance.
 
 What each does is in knn_probe, linear_probe, few_shot, attentive_probe and, where the data have masks, dense_probe; strengths are chosen on parts of
-the training data, and the test data are asked once by each. What is learned by steps of its own (fine-tuning, the linear probes of MAE, the
-attentive one at full size) are presets of the system `probes`.
+the training data, and the test data are asked once by each. Tuning every weight is the exam `fine_tune`; the recipes of the papers at full size
+(fine-tuning, the linear probes of MAE, the attentive one) are presets of the system `probes`.
 """
 from collections.abc import Sequence
 from copy import copy
