@@ -21,7 +21,8 @@ from polysense.systems.selfsup import mim_framework
 from polysense.train.run import override
 from polysense.train.starts import carry
 
-METRIC = "worst error over five targets of hidden patches of unseen photographs, relative to the nearest visible patch's, 150 steps of 64 each"
+STEPS = 500
+METRIC = f"worst error over five targets of hidden patches of unseen photographs, relative to the nearest visible patch's, {STEPS} steps of 64 each"
 HIGHER_IS_BETTER = False
 DATA = "tiny_imagenet40 (4,000 training photographs of 64 px, 800 unseen); natural_captions (2,627 photographs with captions) for the CLIP"
 WORDS = ("pixel", "hog", "dvae", "clip", "ema")
@@ -57,9 +58,9 @@ def relative(arm: Arm, image: Tensor, seed: int) -> float:
     return own / max(near, 1e-9)             # codes may be all alike
 
 
-def run(seed: int) -> Outcome:
+def run(seed: int, part: str = "test") -> Outcome:
     base = smaller(mim_framework.tiny())
-    image, unseen, train = photos(base, 4000, seed)
+    image, unseen, train = photos(base, 4000, seed, part)
     clip = small_clip(seed)
     plan = vq_vae.small().but(**{"stages.0.steps": 200, "stages.0.batch_size": 16, "stages.0.optim.warmup": 20})
     codec = train_arm("vq_vae", plan, some_of(source("tiny_imagenet40"), 4000, seed), needs=("image",), seed=seed).subject
@@ -72,7 +73,7 @@ def run(seed: int) -> Outcome:
             for start in starts:
                 carry(start, lent[word], system)  # type: ignore[arg-type]
 
-        arm = learned("mim_framework", preset, image, 150, seed, prepare=stand)
+        arm = learned("mim_framework", preset, image, STEPS, seed, prepare=stand)
         found[word] = relative(arm, unseen, seed)
         notes |= {f"relative error, {word}": found[word], f"linear probe, {word}": probed(arm.subject, train)}
     return Outcome(max(found.values()), {"the nearest visible patch's target": 1.0}, notes)
