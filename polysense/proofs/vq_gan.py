@@ -1,5 +1,5 @@
-"""VQ-GAN draws photographs less blurred, at a small price in decibels, than the same codec asked for small squares alone; a transformer over its codes
-tells the next one better than how often each occurs.
+"""VQ-GAN draws photographs less blurred, at a small price in decibels, than the same codec asked for small squares alone; a transformer over its
+codes tells the next one better than how often each occurs.
 
 Sharpness is the variance of the Laplacian of what was drawn by that of the photograph, over all of the test part; the score is how far its
 logarithm is from that of an exact copy. The twin is VQ-VAE with the very same codec, squared errors in place of all else, for as many steps. The
