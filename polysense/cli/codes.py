@@ -23,18 +23,22 @@ def reconstruct(pictures: Annotated[list[Path], typer.Argument(metavar="PICTURE.
                 system: System = None, layout: Layout = None, device: Device = None, as_json: Json = False) -> None:
     """Draw pictures again out of what a system keeps of them (codes, latents, visible patches), beside the originals.
 
+    Says how like they are: PSNR in decibels and SSIM. `polysense exam RUN reconstruction` measures a whole set, with intervals and the use of codes.
+
     \b
     Examples
       polysense reconstruct photo.jpg -m runs/vq_vae --out seen.png
       polysense reconstruct ~/photos -m runs/vq_vae
       polysense reconstruct photo.jpg -m runs/mae --seed 3 --out drawn.png
     """
+    import numpy as np
     import torch
     from PIL import Image
 
     from polysense.app.files import place
     from polysense.cli.out import json_out, say
     from polysense.pipeline.pictures import covered, to_pictures
+    from polysense.tasks.likeness import psnr, ssim
 
     paths, pipeline = found(pictures), opened(model, system, layout, device)
     torch.manual_seed(seed)
@@ -50,10 +54,13 @@ def reconstruct(pictures: Annotated[list[Path], typer.Argument(metavar="PICTURE.
             sheet.paste(picture, (i * width, row * height))
     with place(out) as beside:
         sheet.save(beside, "PNG")
+    both = [[torch.from_numpy(np.array(picture)) / 255 for picture in pair] for pair in zip(drawn, seen, strict=True)]
+    like = {name: [measure(*pair) for pair in both] for name, measure in (("psnr", psnr), ("ssim", ssim))}
     if as_json:
-        json_out({"out": str(out), "pictures": [str(p) for p in paths]})
+        json_out({"out": str(out), "pictures": [str(p) for p in paths], **{k: [round(v, 4) for v in each] for k, each in like.items()}})
     else:
-        say(f"{len(paths)} pictures in {out}: above as read, below drawn again")
+        mean = {k: sum(each) / len(each) for k, each in like.items()}
+        say(f"{len(paths)} pictures in {out}: above as read, below drawn again; PSNR {mean['psnr']:.2f} dB, SSIM {mean['ssim']:.3f}")
 
 
 def codes(source: Annotated[list[Path], typer.Argument(metavar="PICTURE...|CODES", help="Pictures or folders of them; or codes, to draw.")],

@@ -168,6 +168,7 @@ def exam(run: Run,
       polysense exam runs/albef retrieval rerank=16 --data natural_captions
       polysense exam runs/clip zero_shot templates=imagenet --data cifar10 --json
       polysense exam runs/vit linear_probe --data digits
+      polysense exam runs/vq_vae reconstruction --data cifar10
       polysense exam runs/nerf views lpips=vgg.pth,vgg16.pth --data solids
       polysense exam downloads/b32 zero_shot --data cifar10 --system clip --layout hf
     """

@@ -6,15 +6,18 @@ from typing import Any
 
 from polysense.base.errors import UserError
 
+COMPARES = ("views", "reconstruction")
+
 
 def exam_options(exam: str, words: Sequence[str]) -> dict[str, Any]:
-    """`["seed=1", "lpips=vgg.pth,vgg16.pth"]` -> keyword arguments of the exam. lpips=FILE[,FILE]: the exam of views measures that distance too."""
+    """`["seed=1", "lpips=vgg.pth,vgg16.pth"]` -> keyword arguments of the exam. lpips=FILE[,FILE]: exams that compare pictures measure that
+    distance too."""
     from polysense.base.spec import parse_overrides
 
     options = parse_overrides(list(words))
     if "lpips" in options:
-        if exam != "views":
-            raise UserError(f"{exam} compares no pictures, so lpips= has nothing to measure", "it is for the exam of views")
+        if exam not in COMPARES:
+            raise UserError(f"{exam} compares no pictures, so lpips= has nothing to measure", f"it is for the exams {' and '.join(COMPARES)}")
         options["distance"] = perceptual([p for p in str(options.pop("lpips")).split(",") if p])
     return options
 

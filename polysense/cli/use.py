@@ -161,7 +161,10 @@ def label(photos: Photos,
 def encode(photos: Annotated[Path, typer.Argument(metavar="PHOTOS|VIDEOS|SOUNDS|TEXTS",
                                               help="A folder of pictures, videos or sounds; one video or sound; a text file, one text a line.")],
            model: Model,
-           out: Annotated[Path, typer.Option(metavar="FILE", help=".npz (arrays path, vector) or .parquet")] = Path("features.npz"),
+           out: Annotated[Path | None, typer.Option(metavar="FILE", help=".npz (arrays path, vector) or .parquet; of --tokens .npz or .json.  "
+                                                    "[default: features.npz; of --tokens standard output]")] = None,
+           tokens: Annotated[bool, typer.Option("--tokens", help="The numbers of an image codec's codes in place of features, as `polysense codes`"
+                                                " writes them.")] = False,
            workers: Annotated[int, typer.Option(metavar="N", min=0, help="With Ray (extra `ray`): so many copies of the model; 0: without.")] = 0,
            of: Annotated[str, typer.Option("--of", metavar="KIND", help="Of a mixed folder: pictures, videos or sounds.")] = "",
            system: System = None, layout: Layout = None, device: Device = None, as_json: Json = False) -> None:
@@ -174,12 +177,20 @@ def encode(photos: Annotated[Path, typer.Argument(metavar="PHOTOS|VIDEOS|SOUNDS|
       polysense encode ~/videos -m runs/clip_frame_aggregation --out videos.npz
       polysense encode ~/recordings -m runs/imagebind --of sounds --out sounds.npz
       polysense encode ~/photos -m runs/clip --workers 8 --out features.parquet
+      polysense encode photo.jpg --tokens -m runs/vq_vae > ids.json
     """
     from polysense.cli.encoding import encode_file
     from polysense.cli.out import Bar, json_out, note, say
 
+    if tokens:
+        from polysense.cli.codes import codes
+
+        if workers or of:
+            raise UserError("--tokens goes without --workers and --of", "leave them out")
+        return codes([photos], model, out, system, layout, device, as_json)
     with Bar("encoding") as bar:
-        told = encode_file(photos, out, lambda: _open(model, system, layout, device), (model, system, layout), workers, bar, of=of)
+        told = encode_file(photos, out or Path("features.npz"), lambda: _open(model, system, layout, device), (model, system, layout), workers, bar,
+                           of=of)
     if as_json:
         json_out(told)
         return

@@ -17,7 +17,7 @@ from polysense.proofs.arms import train_arm
 from polysense.proofs.harness import Outcome
 from polysense.systems.scene import nerf
 from polysense.tasks import take
-from polysense.tasks.views import psnr, ssim
+from polysense.tasks.likeness import psnr, ssim
 
 METRIC, HIGHER_IS_BETTER = "PSNR of 6 test views at 40x40, 12 training views", True
 DATA = "solids (12 train, 6 test views at 40x40)"

@@ -39,6 +39,8 @@ EXAMS: dict[str, Exam] = {e.name: e for e in (
          "find the video of a caption among all videos, and the captions of a video among all captions"),
     Exam("views", "polysense.tasks.views", ("render_view",), ("origin", "direction", "rgb"), "",
          "render views that were not trained on: PSNR, SSIM, and the error of distances where they are known"),
+    Exam("reconstruction", "polysense.tasks.reconstruction", ("reconstruct",), ("image",), "",
+         "draw pictures again: PSNR and SSIM, and how many of its codes a codec uses"),
     Exam("detection", "polysense.tasks.detection", ("detect",), ("image", "boxes", "box_label"), "",
          "find things with their classes: average precision at an overlap of one half"),
     Exam("clicks", "polysense.tasks.segmentation", ("segment",), ("image", "mask"), "",

@@ -81,6 +81,14 @@ def frozen(system: Any) -> Iterator[None]:
             module.training = mode
 
 
+def sample_of(source: Any, i: int) -> dict[str, Any] | BadSample:
+    """A sample, or why it cannot be read."""
+    try:
+        return source[i]
+    except BadSample as bad:
+        return bad
+
+
 def encode_all_images(subject: Any, source: Any, progress: Progress | None = None, *, batch_size: int = 64,
                       encode: Callable[[Tensor], Tensor] | None = None) -> Features:
     """Features of every readable picture of a source, in its order; unreadable ones are listed in `skipped`.
@@ -96,15 +104,9 @@ def encode_all_images(subject: Any, source: Any, progress: Progress | None = Non
     captions: list[list[str]] = []
     skipped: list[tuple[str, str]] = []
 
-    def read(i: int) -> dict[str, Any] | BadSample:
-        try:
-            return source[i]
-        except BadSample as bad:
-            return bad
-
     with ThreadPoolExecutor(4) as pool, frozen(subject.system):
         for start in range(0, len(source), batch_size):
-            got = list(pool.map(read, range(start, min(start + batch_size, len(source)))))
+            got = list(pool.map(lambda i: sample_of(source, i), range(start, min(start + batch_size, len(source)))))
             skipped += [(s.id, s.reason) for s in got if isinstance(s, BadSample)]
             if good := [s for s in got if not isinstance(s, BadSample)]:
                 rows.append(finite((encode or subject.system.encode_image)(subject.read_images([s["image"] for s in good])), "encode_image"))

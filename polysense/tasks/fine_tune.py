@@ -5,7 +5,7 @@ pictures mirrored; a batch norm without parameters and a dense layer read what `
 where several are given; the test data are looked at once, at the end. Pictures are read when their batch comes, never all at once. A longer tuning
 with mixed pictures and augmentation is the system `probes`, whose checkpoints stay.
 """
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from math import cos, pi
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from polysense.base.depth import layers, undecayed
 from polysense.base.errors import UserError
 from polysense.data.sources import BadSample
-from polysense.tasks.encode import Features, Progress, name_of
+from polysense.tasks.encode import Features, Progress, name_of, sample_of
 from polysense.tasks.result import Result, classification
 
 Rows = Sequence[int] | np.ndarray
@@ -135,19 +135,10 @@ def endless(subject: Any, source: Any, rows: Rows, size: int, seed: int) -> Iter
 def read(subject: Any, source: Any, rows: Rows) -> tuple[Tensor, np.ndarray, list[list[str]]]:
     """(pictures [b,3,H,W] as the subject reads them, labels [b], [id, reason] of what cannot be read); without those that have no label."""
     with ThreadPoolExecutor(4) as pool:
-        got = list(pool.map(tried(source), map(int, rows)))
+        got = list(pool.map(lambda i: sample_of(source, int(i)), rows))
     fine = [s for s in got if not isinstance(s, BadSample) and int(s.get("label", -1)) >= 0]
     image = subject.read_images([s["image"] for s in fine]) if fine else torch.empty(0, 3, 1, 1)
     return image, np.array([int(s["label"]) for s in fine], np.int64), [[s.id, s.reason] for s in got if isinstance(s, BadSample)]
-
-
-def tried(source: Any) -> Callable[[int], Any]:
-    def one(i: int) -> Any:
-        try:
-            return source[i]
-        except BadSample as bad:
-            return bad
-    return one
 
 
 @torch.inference_mode()

@@ -1,5 +1,5 @@
 """Novel views (Mildenhall et al. 2020, section 6.1): PSNR and SSIM of rendered against true pictures, and the error of distances where the data
-know them. SSIM (Wang et al. 2004) has windows of 11 pixels, smaller in smaller pictures.
+know them.
 
 LPIPS is measured where its network is handed in: a `decoders.perceptual.Perceptual` with published weights (`weights.lpips.load_perceptual`).
 """
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from polysense.base.errors import UserError
 from polysense.tasks.encode import Progress, frozen, name_of
+from polysense.tasks.likeness import psnr, ssim
 from polysense.tasks.result import Result, mean_of, metric
 
 
@@ -48,16 +49,3 @@ def shown(system: Any, origin: Tensor, direction: Tensor) -> tuple[Tensor, Tenso
         seen = system.view(origin, direction)
         return seen.colour, seen.depth
     return system.render_view(origin, direction), None
-
-
-def psnr(picture: Tensor, truth: Tensor) -> float:
-    """-10 log10 of the mean squared error, for values in [0,1]; at most 100."""
-    return float(-10 * torch.log10((picture - truth).square().mean().clamp_min(1e-10)))
-
-
-def ssim(picture: Tensor, truth: Tensor) -> float:
-    """Mean structural similarity of two pictures [H,W,3] in [0,1]."""
-    from kornia.metrics import ssim as similarity
-
-    window = min(11, *(n if n % 2 else n - 1 for n in truth.shape[:2]))
-    return float(similarity(picture.permute(2, 0, 1)[None], truth.permute(2, 0, 1)[None], window).mean())

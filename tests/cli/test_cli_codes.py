@@ -26,7 +26,28 @@ def test_reconstruct_draws_originals_above_what_is_left_of_them(place, tmp_path,
     capsys.readouterr()
     assert run("reconstruct", place / "photos", "-m", place / "vq", "--out", tmp_path / "seen.png", "--json") == 0
     told = json.loads(capsys.readouterr().out)
-    assert len(told["pictures"]) == 3 and Image.open(tmp_path / "seen.png").size == (3 * 64, 2 * 64)
+    sheet = np.asarray(Image.open(tmp_path / "seen.png")).astype(float) / 255
+    assert len(told["pictures"]) == 3 and sheet.shape == (2 * 64, 3 * 64, 3)
+    squares = ((sheet[:64] - sheet[64:]) ** 2).reshape(64, 3, 64, 3).mean((0, 2, 3))
+    np.testing.assert_allclose(told["psnr"], -10 * np.log10(squares), atol=1e-3)
+    assert len(told["ssim"]) == 3 and all(-1 <= v < 1 for v in told["ssim"])
+    assert run("reconstruct", place / "photos", "-m", place / "vq", "--out", tmp_path / "seen.png") == 0
+    assert f"PSNR {sum(told['psnr']) / 3:.2f} dB, SSIM" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_encode_with_tokens_is_codes_and_the_exam_counts_them(place, tmp_path, capsys):
+    photo = sorted((place / "photos").rglob("*.*"))[0]
+    said = []
+    for words in (("codes", photo), ("encode", photo, "--tokens")):
+        capsys.readouterr()
+        assert run(*words, "-m", place / "vq") == 0
+        said.append(json.loads(capsys.readouterr().out))
+    assert said[0] == said[1]
+    assert run("encode", place / "photos", "--tokens", "-m", place / "vq", "--out", tmp_path / "all.npz") == 0 and (tmp_path / "all.npz").is_file()
+    assert run("encode", place / "photos", "--tokens", "-m", place / "vq", "--workers", 2) == 2 and "--workers" in capsys.readouterr().err
+    assert run("exam", place / "vq", "reconstruction", "--data", "digits", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["metrics"]["psnr"]["value"] > 0 and 1 <= told["notes"]["codes in use"] <= told["notes"]["codes"]
 
 
 def test_codes_and_back_are_the_reconstruction(place, tmp_path, capsys):
