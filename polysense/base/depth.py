@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from torch import nn
 
 LAYER = re.compile(r"^(?P<tower>(?:.*?\.)??)(?P<within>body\.)?(?:blocks|stages)\.(?P<at>\d+)\.")
-NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
+NORMS: tuple[type[nn.Module], ...] = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 AFTER_THE_LAYERS = ("norm.", "pool.", "head.")
 
 
