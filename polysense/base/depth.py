@@ -1,6 +1,7 @@
 """What the names of parameters say of them: how deep they lie in their tower, and which of them never decay."""
 import re
 from collections.abc import Iterable
+from typing import cast
 
 from torch import nn
 
@@ -12,8 +13,7 @@ AFTER_THE_LAYERS = ("norm.", "pool.", "head.")
 def undecayed(system: nn.Module) -> set[str]:
     """Names of the parameters that never decay: biases, those of norms, of fewer than two dimensions, and what a module lists as `undecayed`."""
     out = {n for n, p in system.named_parameters() if p.ndim < 2 or n.rpartition(".")[2].startswith("bias")}
-    modules: Iterable[tuple[str, nn.Module]] = system.named_modules()
-    for name, module in modules:
+    for name, module in cast("Iterable[tuple[str, nn.Module]]", system.named_modules()):
         if isinstance(module, NORMS) or "norm" in type(module).__name__.lower():
             out |= {f"{name}.{n}".lstrip(".") for n, _ in module.named_parameters(recurse=False)}
         out |= {f"{name}.{n}".lstrip(".") for n in getattr(module, "undecayed", ())}
