@@ -191,25 +191,28 @@ def learned_alone(model: Any, data: str) -> list[Row]:
 
 
 def hidden_codes(model: Any, data: str) -> list[Row]:
-    """BEiT: the codes it names at hidden places, as their codec draws them."""
+    """BEiT and CAE: the codes they name at hidden places, as their codec draws them."""
     plan, system = model.preset.feed.image, model.system
-    image, codec = model.read_images([s["image"] for s in some(data, 6)]), model.system.target.codec
+    target = getattr(system.target, "truth", system.target)
+    image, codec = model.read_images([s["image"] for s in some(data, 6)]), target.codec
     torch.manual_seed(0)
     with torch.inference_mode():
         masking = system.masking(image)
-        logits, truth = system.pairs(image, masking)
-        grid, ids = system.encoder.grid_of(image), system.target.ids(image)
+        said = system.decoder(system.see(image, masking), masking)
+        logits = said[0] if isinstance(said, tuple) else said            # CAE's regressor says features as well
+        grid, ids = system.encoder.grid_of(image), target.ids(image)
+        truth = ids.flatten(1)[masking.mask]
         named = ids.flatten(1).masked_scatter(masking.mask, logits.argmax(-1)).view(ids.shape)
         true, guessed = codec.decode(ids), codec.decode(named)
     hidden = F.interpolate(masking.mask.view(-1, 1, *grid).float(), image.shape[-2:]) > 0
-    half = plan.but(mean=system.target.c.codec_mean, std=system.target.c.codec_std)
+    half = plan.but(mean=target.c.codec_mean, std=target.c.codec_std)
     right = f"the codes it names there, drawn ({(logits.argmax(-1) == truth).float().mean():.0%} are right)"
     return [Row("unseen picture", to_pictures(image, plan)), Row("what it is shown", to_pictures(image.masked_fill(hidden, 0.0), plan)),
             Row(right, to_pictures(guessed, half)), Row("the true codes, drawn", to_pictures(true, half))]
 
 
 def clip_again(model: Any, data: str) -> list[Row]:
-    """VideoMAE: frames of one clip."""
+    """VideoMAE and MAE-ST: frames of two clips."""
     video = model.read_videos([s["video"] for s in some(data, 2)])
     torch.manual_seed(0)
     with torch.inference_mode():
@@ -376,7 +379,7 @@ def views(model: Any, data: str) -> list[Row]:
 
 
 KINDS: dict[str, Callable[[Any, str], list[Row]]] = {
-    "beit": hidden_codes, "cae": hidden_codes, "maskfeat": edges_named, "videomae": clip_again, "controlnet": steered, "textual_inversion": new_word,
+    "beit": hidden_codes, "cae": hidden_codes, "maskfeat": edges_named, "videomae": clip_again, "mae_st": clip_again, "controlnet": steered, "textual_inversion": new_word,
     "imagebind": heard, "clip_frame_aggregation": clips_searched}
 BY_CAPABILITY: dict[str, Callable[[Any, str], list[Row]]] = {
     "render_view": views, "detect": boxed, "segment": outlined, "attend": looks, "generate_image": drawn, "reconstruct": again,
