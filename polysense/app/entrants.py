@@ -104,8 +104,12 @@ def changed(e: Entrant, path: str, value: Any) -> Entrant:
 # -- the same for all -----------------------------------------------------------------------------------------------------------------------
 
 def likewise(plan: Preset, overrides: dict[str, Any]) -> Preset:
-    """The preset with what was changed in the reference, where it has such a field. How long texts are goes with the tower that reads them."""
-    lacks = set[str]()
+    """The preset with what was changed in the reference, where it has such a field. How long texts are goes with the tower that reads them. All at
+    once where that is possible: two parts that have to agree may refuse what is changed in one of them."""
+    try:
+        return override(plan, overrides)
+    except UserError:
+        lacks = set[str]()
     for k in sorted(overrides, key=lambda k: k.startswith("feed.")):
         if k.startswith("feed.") and k.removeprefix("feed.") in lacks:
             continue
@@ -120,7 +124,7 @@ def shared(e: Entrant, reference: Entrant, tokenizers: "Tokenizers") -> Entrant:
     """`e` with as much of the reference as it works with: both towers, else one of them, else none; what it keeps is noted."""
     batch = {f"stages.{i}.batch_size": reference.plan.stages[0].batch_size for i in range(len(e.plan.stages))}
     ours = e.plan.but(data=reference.plan.data, **batch)
-    reason = ""
+    reason = own = ""                                            # why it keeps a tower of its own, and why it cannot take part with that either
     for image, text in ((True, True), (False, True), (True, False), (False, False)):
         plan, missing = lend(ours, reference.plan, image, text)
         if (image and "image" in missing) or (text and "text" in missing) or (missing and not (image or text)):
@@ -132,8 +136,8 @@ def shared(e: Entrant, reference: Entrant, tokenizers: "Tokenizers") -> Entrant:
             kept = [n for n, lent in (("image", image), ("text", text)) if not lent and tower_of(plan.config, n)]
             notes = [f"its own {' and '.join(kept)} tower{'s' if len(kept) > 1 else ''}" + (f" ({reason})" if reason else "")] if kept else []
             return Entrant(e.label, e.id, e.preset, plan, e.changes, [*e.notes, *notes])
-        reason = reason or refused
-    return Entrant(e.label, e.id, e.preset, ours, e.changes, e.notes, why=reason)
+        reason, own = reason or refused, refused
+    return Entrant(e.label, e.id, e.preset, ours, e.changes, e.notes, why=own or reason)
 
 
 def tower_of(config: Spec, kind: str) -> str:

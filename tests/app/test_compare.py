@@ -38,6 +38,15 @@ def test_how_long_texts_are_goes_with_the_tower_that_reads_them():
     assert virtex.feed.text.length == 30 and virtex.digest() == entrant("virtex", {}).plan.digest()
 
 
+def test_parts_that_have_to_agree_are_changed_together():
+    """CAE's regressor is as wide as its encoder: either alone is refused."""
+    wide = {f"config.{part}.body.{k}": v for part in ("encoder", "decoder") for k, v in (("width", 64), ("heads", 2))}
+    cae = likewise(entrant("cae", {}).plan, wide).config
+    assert cae.encoder.width == cae.decoder.body.width == 64
+    apart = likewise(entrant("simclr", {}).plan, {**wide, "batch_size": 8})      # has neither, and takes what it has
+    assert apart.stages[0].batch_size == 8 and apart.config == entrant("simclr", {}).plan.config
+
+
 @pytest.mark.parametrize("id, kept", [("declip", None), ("mae_clip", "text")])
 def test_own_ids_behind_the_words_queues_and_heads_of_the_other_tower_fit_what_is_lent(id, kept):
     """DeCLIP hides words behind an id of its own and keeps features in a queue; MAE-CLIP's texts are read by another kind of tower."""
