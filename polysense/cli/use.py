@@ -110,7 +110,7 @@ def search(query: Annotated[str | None, typer.Argument(metavar="QUERY", help="Wh
         with Bar(f"looking at pictures for {by} search", "pictures") as bar:
             hits = ask(opened, pipeline, asked, count, of=of, by=by, why=why is not None,
                        rerank=rerank, progress=bar)
-    if why:
+    if why and hits:
         note(f"wrote {write_results(hits, why, query or str(asked))}")
     if as_json:
         json_out({"query": query, "image": image, **sensed, "index": str(place), "hits": [h.to_json() for h in hits]})

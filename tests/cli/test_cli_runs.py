@@ -110,6 +110,18 @@ def test_search_by_words_and_by_picture(place, tmp_path, capsys):
     assert np.array_equal(np.asarray(Image.open(hits[0]["path"])), np.asarray(Image.open(some)))
 
 
+def test_an_index_of_nothing_finds_nothing_and_draws_nothing(place, tmp_path, capsys):
+    few, index = tmp_path / "few", tmp_path / "index"
+    few.mkdir()
+    only = few / "only.png"
+    only.write_bytes(next((place / "photos").glob("*.png")).read_bytes())
+    said(capsys, "index", few, "-m", place / "clip", "--out", index)
+    assert said(capsys, "index", few, "-m", place / "clip", "--out", index, "--forget", only)["pictures"] == 0
+    for words in ((), ("--why", tmp_path / "why.png")):
+        assert run("search", "a five", "--index", index, *words) == 0 and "nothing found: the index is empty" in capsys.readouterr().out
+    assert not (tmp_path / "why.png").exists()
+
+
 def test_label_writes_a_row_a_picture(place, tmp_path, capsys):
     (tmp_path / "labels.txt").write_text("zero\none\ntwo\n")
     told = said(capsys, "label", place / "photos", "--labels", tmp_path / "labels.txt", "-m", place / "clip", "--out", tmp_path / "l.csv", "--top", 2)
