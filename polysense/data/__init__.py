@@ -33,7 +33,7 @@ def data_root(root: str | Path | None = None) -> Path:
 
 
 def source(name_or_path: str | Path, split: str = "train", root: str | Path | None = None) -> Source:
-    """Open samples by name or path; `"a+b"` joins sources.
+    """Open samples by name or path; `"a+b"` joins sources, `"a?beside=b"` puts a sample of b, of what a lacks, beside each of a.
 
     Names: see `list_sources()`. Paths: a folder of pictures (class sub-folders, or metadata.csv / .jsonl with captions, or flat), a
     .csv .tsv .jsonl .parquet table, a COCO .json, WebDataset .tar files (glob and brace patterns, addresses), `hf:NAME` for Hugging
@@ -57,6 +57,14 @@ def _one(text: str, split: str, root: str | Path | None) -> Any:
     from polysense.data.named import NAMED, named_source
 
     name, options = (text, {}) if Path(text).exists() else split_options(text)
+    if "beside" in options:
+        from urllib.parse import quote
+
+        from polysense.data.beside import BesideSource
+
+        other = options.pop("beside")
+        rest = "&".join(f"{k}={quote(v)}" for k, v in options.items())
+        return BesideSource(_one(f"{name}?{rest}" if rest else name, split, root), _one(other, split, root))
     if name in NAMED:
         return named_source(name, split, root, options)
     if name.partition(":")[0] == "scenes":

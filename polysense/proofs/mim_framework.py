@@ -4,7 +4,7 @@ One encoder, one mask, one number of steps; pixels, histograms of gradients, cod
 student itself. Each error is divided by that of the target of the nearest visible patch; the score is the worst of the five, which has to stay
 below one. The others and a linear layer on each encoder's frozen features are noted: which targets teach most is reported, not required. Sized on
 photographs set aside: codes of pixels, which are so fine that a visible neighbour's often recurs, stay behind it also after 500 steps, at this rate
-and at twice and nearly three times this rate; the other targets are ahead after 150.
+and at twice and nearly three times this rate; the other targets are ahead after 150. As filed it is a miss for these codes alone.
 """
 from typing import Any
 

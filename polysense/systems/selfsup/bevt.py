@@ -9,7 +9,7 @@ squares, 2x4x4 cubes) and the way out (the last map, enlarged by a transposed co
 classifier are one. What clips need is inflated from what pictures have learned, at the start of stage 2. Half of the 14x14 places of a frame are
 hidden block by block, the same ones over a run of half to all of the times, which may wrap around; the mask is repeated to the finer grid of
 patches, where one learned token stands in for what is hidden. A frozen tokenizer gives the codes of every frame, and the mask holds for both frames
-of a time.
+of a time. Where the clips bring no pictures, `--data "clips?beside=photographs"` does.
 """
 from dataclasses import dataclass, field
 
