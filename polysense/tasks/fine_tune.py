@@ -1,13 +1,13 @@
 """Fine-tuning (He et al. 2022, MAE, appendix A.1): in a copy, every weight that `encode_image` reads learns the labels with a dense layer behind it.
 
-What a probe cannot say: how good a start the weights are. Rates fall along the depth, lr_l = lr decay^(L - l); labels are smoothed, half of the
-pictures mirrored; a batch norm without parameters and a dense layer read what `encode_image` says. The rate is chosen on a part of the training data
+What a probe cannot say: how good a start the weights are. Rates fall along the depth (`groups`); labels are smoothed, half of the pictures mirrored; a batch norm without parameters and a dense layer read what `encode_image` says. The rate is chosen on a part of the training data
 where several are given; the test data are looked at once, at the end. Pictures are read when their batch comes, never all at once. A longer tuning
 with mixed pictures and augmentation is the system `probes`, whose checkpoints stay.
 """
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
+from itertools import chain
 from math import cos, pi
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from polysense.base.depth import layers, undecayed
 from polysense.base.errors import UserError
 from polysense.data.sources import BadSample
-from polysense.tasks.encode import Features, Progress, name_of, sample_of
+from polysense.tasks.encode import Features, Progress, frozen, name_of, sample_of
 from polysense.tasks.result import Result, classification
 
 Rows = Sequence[int] | np.ndarray
@@ -35,7 +35,7 @@ def run(subject: Any, test: Any, train: Any, *, rates: Sequence[float] = (1e-3,)
         raise UserError(f"{test.name!r} and {train.name!r} have different classes", "use splits of the same data")
     if not rates or steps < 1:
         raise UserError("fine-tuning needs a rate and at least one step", "such as rates=[0.001] steps=100")
-    names = tuple(train.classes) or tuple(test.classes)
+    names = tuple(train.classes) or tuple(test.classes) or numbered(train, test)
     order, said = np.random.default_rng(seed).permutation(len(train)), dict[float, float]()
 
     def tuned(rows: Rows, rate: float) -> "Tuned":
@@ -53,6 +53,11 @@ def run(subject: Any, test: Any, train: Any, *, rates: Sequence[float] = (1e-3,)
     notes = {**({"skipped": skipped} if skipped else {}), "rate": best, "validation_accuracy": {f"{k:g}": round(v, 4) for k, v in said.items()},
              "steps": steps, "train_samples": len(order)}
     return classification("fine_tune", name_of(subject), test.name, scores, label, names, seed=seed, notes=notes)
+
+
+def numbered(*sources: Any) -> tuple[str, ...]:
+    """The numbers of classes that have no names."""
+    return tuple(str(c) for c in range(1 + max((label for s in sources for label in s.labels()), default=-1)))
 
 
 class Tuned(nn.Module):
@@ -77,14 +82,15 @@ def fit(subject: Any, train: Any, rows: Rows, classes: int, rate: float, steps: 
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
         torch.manual_seed(seed)
         fed = endless(subject, train, rows, batch_size, seed)
-        image, label = next(fed)
-        with torch.no_grad():
-            width = deepcopy(subject.system).eval().encode_image(image[:1]).shape[-1]
-        model = Tuned(subject.system, width, classes).to(image.device).train()
+        first = next(fed)
+        with frozen(subject.system):
+            width = subject.system.encode_image(first[0][:1]).shape[-1]
+        model = Tuned(subject.system, width, classes).to(first[0].device).train()
         optimizer = torch.optim.AdamW(groups(model, rate, decay, weight_decay))
         warm = max(1, steps // 10)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / warm) * 0.5 * (1 + cos(pi * max(0, i - warm) / steps)))
-        for step in range(steps):
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(
+            (i + 1) / warm, 0.5 * (1 + cos(pi * max(0, i - warm) / max(1, steps - warm)))))
+        for step, (image, label) in zip(range(steps), chain([first], fed)):
             loss = F.cross_entropy(model(image), label, label_smoothing=smoothing)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -95,13 +101,12 @@ def fit(subject: Any, train: Any, rows: Rows, classes: int, rate: float, steps: 
             schedule.step()
             if progress:
                 progress(step + 1, steps)
-            image, label = next(fed)
         return model.eval()
 
 
 def groups(model: Tuned, rate: float, decay: float, weight_decay: float) -> list[dict[str, Any]]:
-    """One group for each layer and kind: the head at `rate`, layer l of a tower of L layers at rate decay^(L - l + 1), what no tower holds as its
-    first layer."""
+    """One group for each layer and kind, as MAE's released code has them: the head and the last norm at `rate`, block l of L at rate
+    decay^(L + 1 - l), the patches at rate decay^(L + 1), and so what no tower holds."""
     plain, inside = undecayed(model.system), [n for n, _ in model.system.named_parameters()]
     depth = layers(inside)
     most = max((top for _, top in depth.values()), default=0)
@@ -110,7 +115,7 @@ def groups(model: Tuned, rate: float, decay: float, weight_decay: float) -> list
         layer, top = depth[name]
         below = top - layer if top else most
         group = out.setdefault((below, name in plain), {
-            "params": [], "lr": rate * decay ** (below + 1), "weight_decay": 0.0 if name in plain else weight_decay})
+            "params": [], "lr": rate * decay ** below, "weight_decay": 0.0 if name in plain else weight_decay})
         group["params"].append(p)
     return [*out.values(), {"params": [model.head.weight], "lr": rate, "weight_decay": weight_decay},
             {"params": [model.head.bias], "lr": rate, "weight_decay": 0.0}]

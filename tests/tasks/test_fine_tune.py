@@ -89,18 +89,18 @@ def test_a_teacher_whose_features_are_read_learns_too_and_in_the_run_stays_a_tea
     assert moved and all(k.startswith(backbone) for k in moved) and f"{backbone}body.blocks.0.mlp.up.weight" in moved
     rate = {id(p): g["lr"] for g in groups(model, 1.0, 0.5, 0.0) for p in g["params"]}
     named = dict(model.system.named_parameters())
-    assert [rate[id(named[f"{backbone}body.blocks.{i}.mlp.up.weight"])] for i in range(4)] == [0.5 ** (5 - i) for i in range(4)]
+    assert [rate[id(named[f"{backbone}body.blocks.{i}.mlp.up.weight"])] for i in range(4)] == [0.5 ** (4 - i) for i in range(4)]
 
 
 def test_rates_fall_along_the_depth_and_decay_spares_what_never_decays():
-    """A ViT of four blocks: positions and patches lowest, the last norm highest, below the head."""
+    """As in MAE's util/lr_decay.py, of a ViT of four blocks: patches 0, block i i + 1, the last norm and the head 5; decay^(5 - layer)."""
     model = Tuned(preset_of("mae").config.build(), 128, 5)
     rate = {id(p): (g["lr"], g["weight_decay"]) for g in groups(model, 1.0, 0.5, 0.05) for p in g["params"]}
     assert len(rate) == len(list(model.parameters()))
     named = dict(model.system.named_parameters())
     lr = lambda name: rate[id(named[name])][0]
-    assert [lr(f"encoder.body.blocks.{i}.mlp.up.weight") for i in range(4)] == [0.5 ** (5 - i) for i in range(4)]
-    assert lr("encoder.patch.weight") == 0.5 ** 6 and lr("encoder.body.norm.weight") == 0.5
+    assert [lr(f"encoder.body.blocks.{i}.mlp.up.weight") for i in range(4)] == [0.5 ** (4 - i) for i in range(4)]
+    assert lr("encoder.patch.weight") == 0.5 ** 5 and lr("encoder.body.norm.weight") == 1.0
     assert rate[id(model.head.weight)] == (1.0, 0.05) and rate[id(model.head.bias)] == (1.0, 0.0)
     assert rate[id(named["encoder.body.blocks.0.norm1.weight"])][1] == 0.0 and rate[id(named["encoder.patch.weight"])][1] == 0.05
 
@@ -124,6 +124,17 @@ def test_batches_pass_over_everything_readable_and_half_are_mirrored():
             turned += straight is None
             seen.add(plain[tuple(x[..., ::-1].ravel())] if straight is None else straight)
     assert seen == set(range(20)) - {3, 5} and 3 <= turned <= 15
+
+
+def test_classes_without_names_are_numbered():
+    class Nameless(Sides):
+        classes = ()
+
+        def labels(self):
+            return [i % 2 for i in range(self.n)]
+
+    found = take("fine_tune", subject(Shut()), Nameless(20, split="test"), Nameless(40), steps=2, batch_size=8)
+    assert set(found.classes) == {"0", "1"}
 
 
 def test_torn_pictures_are_listed_and_what_has_no_label_is_not_asked():
