@@ -1,8 +1,9 @@
 """Fine-tuning (He et al. 2022, MAE, appendix A.1): in a copy, every weight that `encode_image` reads learns the labels with a dense layer behind it.
 
-What a probe cannot say: how good a start the weights are. Rates fall along the depth (`groups`); labels are smoothed, half of the pictures mirrored; a batch norm without parameters and a dense layer read what `encode_image` says. The rate is chosen on a part of the training data
-where several are given; the test data are looked at once, at the end. Pictures are read when their batch comes, never all at once. A longer tuning
-with mixed pictures and augmentation is the system `probes`, whose checkpoints stay.
+What a probe cannot say: how good a start the weights are. Rates fall along the depth (`groups`); labels are smoothed, half of the pictures
+mirrored; a batch norm without parameters and a dense layer read what `encode_image` says. The rate is chosen on a part of the training data where
+several are given; the test data are looked at once, at the end. Pictures are read when their batch comes, never all at once. A longer tuning with
+mixed pictures and augmentation is the system `probes`, whose checkpoints stay.
 """
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
