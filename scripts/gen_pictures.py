@@ -218,7 +218,7 @@ def clip_again(model: Any, data: str) -> list[Row]:
     with torch.inference_mode():
         masking = model.system.masking(video)
         drawn, shown = model.system.draw(video, masking), model.system.target.cover(video, masking, model.system.encoder.grid_of(video))
-    frames = lambda clip: to_pictures(clip[::3], model.preset.feed.image)
+    frames = lambda clip: to_pictures(clip[[round(i * (len(clip) - 1) / 5) for i in range(6)]], model.preset.feed.image)
     return [Row(says, frames(clip)) for k in range(2) for says, clip in (("unseen clip", video[k]), ("what it is shown", shown[k]),
                                                                           ("drawn again", drawn[k]))]
 
