@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import typer
@@ -255,8 +256,8 @@ def comparisons_page() -> str:
     """Every filed run of `polysense compare`: what docs/compared/NAME.md says of it, its command, the ranking in each exam, and its tables."""
     from polysense.app.compare import Comparison
 
-    out = [MARK, "# Comparisons", "", "Filed runs of [`polysense compare`](commands/polysense-compare.md): every system with the same towers, data "
-           "order and budget, and the same exams. Every command gives its table again.", ""]
+    out = [MARK, "# Comparisons", "", "Filed runs of [`polysense compare`](commands/polysense-compare.md): every system with the same data order and "
+           "budget, with the same towers unless said otherwise, and the same exams. A command with a budget of steps gives its table again.", ""]
     paths = sorted((DOCS / "compared").glob("*.json"))
     if not paths:
         out.append("None is filed yet.\n")
@@ -272,10 +273,11 @@ def command(facts: dict[str, Any]) -> str:
     changes = [f"{k}={json.dumps(v) if isinstance(v, bool) else v}" for k, v in facts["changes"].items()]
     vary = [f"--vary {k}={','.join(map(str, v))}" for k, v in facts["vary"]]
     systems = facts["systems"] if not vary else [facts["of"]]
-    on = [f"--on {facts['on']}"] if facts["on"] != facts["data"] else []
-    return " ".join(["polysense compare", *systems, *changes, "--data", facts["data"], *on, *vary, f"--{budget[1]} {budget[0]}",
+    on = [f"--on {quote(facts['on'])}"] if facts["on"] != facts["data"] else []
+    long = f"--budget {budget[0]}s" if budget[1] == "s" else f"--{budget[1]} {budget[0]}"
+    return " ".join(["polysense compare", *systems, *changes, "--data", quote(facts["data"]), *on, *vary, long,
                      f"--seeds {len(facts['seeds'])} --exams {','.join(facts['exams'])} --probe {facts['probe']}",
-                     *(["--untrained"] if facts.get("untrained") else [])])
+                     *(["--untrained"] if facts.get("untrained") else []), *([] if facts.get("share", True) else ["--own-towers"])])
 
 
 def rankings(made: Any) -> list[str]:

@@ -131,7 +131,7 @@ def compare(systems: Sequence[str], data: str, budget: Budget, *, seeds: int | S
              "data": data, "on": on or data, "split": split,
              "budget": str(budget), "seeds": numbers, "exams": asked, "probe": probe, "changes": overrides or {},
              "vary": [[k, list(v)] for k, v in vary], "batch_size": fit[0].plan.stages[0].batch_size,
-             "untrained": untrained, "views": {e.label: views(e.plan.feed) for e in fit if e.trained},
+             "untrained": untrained, "share": share, "views": {e.label: views(e.plan.feed) for e in fit if e.trained},
              "plans": {e.label: e.plan.digest() for e in fit if e.trained}, **about()}
     result = Comparison(facts, [str(s) for s in field_.slots], rows(fit, field_.slots, met), {}, costs(met),
                         {e.label: e.why for e in entrants if e.why}, {e.label: e.notes for e in fit if e.notes})

@@ -33,7 +33,8 @@ def about(c: "Comparison") -> list[str]:
     f = c.facts
     seeds = f"{len(f['seeds'])} seed{'s' if len(f['seeds']) > 1 else ''}"
     beside = ", and beside them the first one as it is born" if f.get("untrained") else ""
-    out = [f"{len(f['systems'])} systems, each trained on {f['data']} for {f['budget']} in batches of {f['batch_size']}, over {seeds}{beside}; "
+    towers = f"in batches of {f['batch_size']}" if f.get("share", True) else "with the towers and batches of its own preset"
+    out = [f"{len(f['systems'])} systems, each trained on {f['data']} for {f['budget']} {towers}, over {seeds}{beside}; "
            f"all saw the same samples in the same order." + (f" All were examined on {f['on']}." if f["on"] != f["data"] else ""),
            f"Gaps are to {f['reference']}, the reference. Intervals are 95 % bootstrap intervals over test pictures and training seeds; "
            "differences are drawn in pairs, on the same pictures and seeds, and p is corrected for the number of systems (Holm).",
