@@ -177,7 +177,7 @@ def encode(photos: Annotated[Path, typer.Argument(metavar="PHOTOS|VIDEOS|SOUNDS|
       polysense encode ~/videos -m runs/clip_frame_aggregation --out videos.npz
       polysense encode ~/recordings -m runs/imagebind --of sounds --out sounds.npz
       polysense encode ~/photos -m runs/clip --workers 8 --out features.parquet
-      polysense encode photo.jpg --tokens -m runs/vq_vae > ids.json
+      polysense encode photo.jpg --tokens -m runs/vq_vae --out ids.json
     """
     from polysense.cli.encoding import encode_file
     from polysense.cli.out import Bar, json_out, note, say
