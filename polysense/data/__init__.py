@@ -63,7 +63,7 @@ def _one(text: str, split: str, root: str | Path | None) -> Any:
         from polysense.data.beside import BesideSource
 
         other = options.pop("beside")
-        rest = "&".join(f"{k}={quote(v)}" for k, v in options.items())
+        rest = "&".join(f"{k}={quote(v, safe='/,:')}" for k, v in options.items())
         return BesideSource(_one(f"{name}?{rest}" if rest else name, split, root), _one(other, split, root))
     if name in NAMED:
         return named_source(name, split, root, options)

@@ -56,6 +56,9 @@ def test_it_is_said_in_the_name_of_the_data_and_other_options_stay(monkeypatch):
     both = source("surveillance_action?size=9&beside=cifar10&note=a%20b", "val")
     assert isinstance(both, BesideSource) and both[4]["id"] == "c1 beside p4"
     assert opened == [("surveillance_action", "val", {"size": "9", "note": "a b"}), ("cifar10", "val", {})]
+    monkeypatch.setattr("polysense.data.scenes.scenes_source", lambda text, split: opened.append(text) or clips())
+    source("scenes:clips?shapes=circle,star&beside=cifar10")
+    assert opened[2] == "scenes:clips?shapes=circle,star"
     joined = source("surveillance_action?beside=cifar10+surveillance_action?beside=cifar10")
     assert len(joined) == 10 and {"image", "video"} <= set(joined.offers)
 
