@@ -52,7 +52,7 @@ def test_the_exam_of_views_measures_it_with_the_weights_of_a_file(file, monkeypa
 
 
 def test_what_cannot_be_measured_is_said_in_one_line(file, tmp_path):
-    with pytest.raises(UserError, match="exam of views"):
+    with pytest.raises(UserError, match="exams views and reconstruction"):
         exam_options("zero_shot", ["lpips=a.pth"])
     with pytest.raises(UserError, match="names no file"):
         exam_options("views", ["lpips="])
