@@ -124,10 +124,20 @@ def test_options():
         s[7]
 
 
+@pytest.mark.parametrize(("spec", "seen"), [
+    ("scenes?sizes=large&digits=0&n=40", {"large"}), ("scenes:single?sizes=medium,small&n=40", {"small", "medium"}),
+    ("scenes:digits?sizes=small&n=20", {"medium"}), ("scenes:single?n=40", {"small", "medium", "large"})])
+def test_things_are_of_the_sizes_that_were_asked_for(spec: str, seen: set[str]):
+    s = scenes_source(spec)
+    assert {t.size for i in range(len(s)) for t in s.scene(i).things} == seen
+    assert all(s.scene(i).things for i in range(len(s)))
+
+
 @pytest.mark.parametrize(("spec", "split", "says"), [
     ("scenes:singel", "train", "single"), ("scenes?sise=3", "train", "size"), ("scenes?size=big", "train", "number"),
     ("scenes?size=2", "train", "8 to"),
     ("scenes?objects=0-3", "train", "1-4"), ("scenes?shapes=circel", "train", "circle"), ("scenes?combos=new", "train", "heldout"),
+    ("scenes?sizes=larg", "train", "large"),
     ("scenes", "trian", "train, val"), ("scenery", "train", "scenes:single"), ("scenes:single?objects=2", "train", "fixed"),
     ("scenes?shapes=99", "train", "15"), ("scenes?shapes=circle&colours=red&combos=heldout", "test", "combos=all")])
 def test_mistakes_are_answered_in_one_line(spec: str, split: str, says: str):

@@ -3,7 +3,7 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 
 from polysense.base.errors import UserError
-from polysense.data.scenes.palette import COLOURS, SHAPES
+from polysense.data.scenes.palette import COLOURS, SHAPES, SIZES
 from polysense.data.scenes.world import SPLITS
 
 COUNTS = {"train": 20000, "val": 1000, "test": 2000}
@@ -15,8 +15,8 @@ class Options:
 
     n: samples (0: 20000 train, 1000 val, 2000 test) · size: pixels · seed · captions: phrasings a sample · combos: `seen`, `heldout` or `all`
     pairs of colour and shape · objects: `2` or `1-4` things a scene · digits: chance that a thing is a handwritten digit · style: `rich` or
-    `plain` · shapes, colours: how many of them (`6`), or which (`circle,star`) · hint: `edges`, `depth` or `segments` · frames, of a
-    clip · seconds, of a sound.
+    `plain` · shapes, colours: how many of them (`6`), or which (`circle,star`) · sizes: which (`medium,large`: at 32 pixels a small thing is
+    six across; digits are never small) · hint: `edges`, `depth` or `segments` · frames, of a clip · seconds, of a sound.
     """
     variant: str = ""
     split: str = "train"
@@ -30,6 +30,7 @@ class Options:
     style: str = "rich"
     shapes: tuple[str, ...] = SHAPES
     colours: tuple[str, ...] = tuple(COLOURS)
+    sizes: tuple[str, ...] = tuple(SIZES)
     hint: str = "edges"
     frames: int = 8
     seconds: float = 1.0
@@ -101,7 +102,7 @@ def _read(key: str, text: str) -> object:
         if text not in _CHOICES[key]:
             raise UserError(f"{key}={text} is unknown", f"choose {', '.join(_CHOICES[key])}")
         return text
-    if key in ("shapes", "colours"):
+    if key in ("shapes", "colours", "sizes"):
         return _names(key, text, default)
     try:
         if key == "objects":

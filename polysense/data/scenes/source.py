@@ -37,7 +37,7 @@ class ScenesSource(Source):
         self.name, self.split, self.largest = spec, o.split, o.size
         self.offers, self.rate = offered(VARIANTS[o.variant].offers), sound.RATE if o.variant == "sounds" else None
         self.world = World(shapes=o.shapes, colours=o.colours, combos=o.combos, least=o.objects[0], most=o.objects[1], digits=o.digits,
-                           style=o.style, split=o.split, alike=1.0 if o.variant == "sounds" else 0.3)
+                           style=o.style, split=o.split, alike=1.0 if o.variant == "sounds" else 0.3, sizes=o.sizes)
         if o.digits < 1 and not self.world.pairs():
             raise UserError(f"no {o.combos} pair of colour and shape is left in {spec!r}", "allow more shapes or colours, or say combos=all")
         self.classes = {

@@ -110,6 +110,7 @@ class World:
     style: str = "rich"                      # "plain": flat colours on white, light grey or black, no light
     split: str = "train"                     # train, val and test draw from different handwriting
     alike: float = 0.3                       # chance of a scene with several things of one kind
+    sizes: tuple[str, ...] = tuple(SIZES)    # what is too large for the room that is left becomes the next smaller of them
 
     def pairs(self) -> tuple[tuple[str, str], ...]:
         """The (colour, shape) pairs that may appear."""
@@ -147,8 +148,8 @@ class World:
               beside: Thing | None = None) -> Thing | None:
         """A thing of this kind at a free place, smaller where it is crowded; None where no place is free."""
         colour, shape, writing = kind
-        names = ("medium", "large") if writing >= 0 else tuple(SIZES)
-        first = int(rng.integers(len(names) if crowd < 4 else len(names) - 1))
+        names = tuple(s for s in SIZES if s in self.sizes and (writing < 0 or s != "small")) or ("medium",)
+        first = int(rng.integers(len(names) if crowd < 4 else max(1, len(names) - 1)))
         texture = ("plain", *TEXTURES)[rng.integers(len(TEXTURES) + 1)] if self.style == "rich" else "plain"
         angle = 0.0 if writing >= 0 else float(rng.uniform(-0.3, 0.3))
         if shape == "arrow":
