@@ -27,6 +27,8 @@ from polysense.objectives.masked import masked_cosine
 class MaskedModel(System):
     """Encoder, sampler, decoder and target. The objective compares `pairs(pixels, masking)`; `pixels` are pictures or clips, as the tower reads."""
 
+    inputs: tuple[str, ...] = ("image", "video")          # batch keys that the tower reads, where a batch has them
+
     @dataclass(frozen=True, kw_only=True)
     class Config(Spec):
         encoder: Spec
@@ -62,13 +64,13 @@ class MaskedModel(System):
     def doubts(self, batch: Batch) -> Iterator[str]:
         """A mask the wrong way round, or one over everything: pixels behind it must not change what the encoder says, those in front must."""
         self.eval()
-        for pixels in (v for k, v in batch.items() if k in ("image", "video")):
+        for pixels in (v for k, v in batch.items() if k in self.inputs):
             masking, grid = self.masking(pixels), self.encoder.grid_of(pixels)
             covered = masking.mask.view(-1, 1, *grid)                                  # video: [B,1,t,h,w] over [B,T,3,H,W]
             moved = pixels.transpose(1, 2) if pixels.ndim == 5 else pixels
             hidden = F.interpolate(covered.float(), moved.shape[2:], mode="nearest") > 0.5
             seen, noise = self.see(pixels, masking), torch.randn_like(moved)
-            behind, before = torch.where(hidden, noise, moved), torch.where(hidden, moved, noise)
+            behind, before = torch.where(shrunk(hidden, getattr(self.encoder, "margin", ())), noise, moved), torch.where(hidden, moved, noise)
             if pixels.ndim == 5:
                 behind, before = behind.transpose(1, 2), before.transpose(1, 2)
             if float((self.see(behind, masking) - seen).abs().max()) > 1e-4:
@@ -89,6 +91,14 @@ class MaskedModel(System):
     def features(self, pixels: Tensor) -> Tensor:
         """pixels, nothing hidden -> the encoder's pooled feature [B,D], unit norm: what transfer reads."""
         return F.normalize(self.encoder.pooled(pixels).float(), dim=-1)
+
+
+def shrunk(hidden: Tensor, margin: tuple[int, ...]) -> Tensor:
+    """hidden [B,1,F,H,W] less what lies within `margin` (frames, pixels) of the visible: a tower's first convolution may look that far."""
+    if not margin:
+        return hidden
+    times, pixels = margin
+    return F.max_pool3d((~hidden).float(), (2 * times + 1, 2 * pixels + 1, 2 * pixels + 1), 1, (times, pixels, pixels)) < 0.5
 
 
 def aggregated(encoder: Any, aggregate: Any, early: int, image: Tensor, masking: Masking, token: Tensor) -> tuple[Tensor, Tensor]:

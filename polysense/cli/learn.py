@@ -141,9 +141,12 @@ def draw(events: Any, id: str, minutes: float | None, as_json: bool) -> None:
         return
     terms = ", ".join(f"{k} {v:.4f}" for k, v in last.losses.items())
     say(f"{last.weights}: {last.step} steps, {last.samples:,} samples in {clock(last.seconds)}" + (f", last loss {terms}" if terms else ""))
-    from polysense.base.catalogue import card_of
+    from polysense.base.catalogue import preset_of
+    from polysense.base.protocols import capabilities
+    from polysense.train.folder import read_facts
 
-    use = next((verb for capability, verb in NEXT if capability in card_of(id).can), "")
+    can = capabilities(type(preset_of(id, read_facts(last.folder)["preset"]).config).owner)
+    use = next((verb for capability, verb in NEXT if capability in can), "")
     words = [f"polysense {verb} -m {last.folder}" for verb in (use,) if verb]
     note("go on with: " + "   ".join([*words, f"polysense exam {last.folder} TASK --data DATA", f"polysense report {last.folder}"]))
 

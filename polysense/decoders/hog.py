@@ -94,3 +94,18 @@ class HOGTarget(Part):
     def forward(self, pixels: Tensor, masking: Masking) -> Tensor:
         """-> [M,width], of the hidden patches, samples one after the other, in the order of the grid."""
         return self.whole(pixels)[masking.mask]
+
+
+class FramesHOG(HOGTarget):
+    """The same of clips: of every cube of `every` frames the histograms of its first, in the middle of what the tower's first convolution reads
+    (Wei et al. 2022, section 4.3)."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(HOGTarget.Config):
+        every: int = 2
+
+    @torch.no_grad()
+    def whole(self, pixels: Tensor) -> Tensor:
+        """pixels [B,F,3,H,W] -> [B,N,width], of every cube, time first."""
+        frames = pixels[:, ::self.c.every]  # type: ignore[attr-defined]
+        return super().whole(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]).flatten(1, 2)

@@ -124,22 +124,15 @@ class BlockMask(Part):
         asked = torch.full((batch,), c.hidden, device=device) if hidden is None else hidden
         if batch and int(asked.max()) >= height * width:
             raise UserError(f"{int(asked.max())} hidden patches of a grid of {height}x{width}", "hide fewer than there are")
-        row, column = torch.arange(height, device=device)[:, None], torch.arange(width, device=device)
         mask = torch.zeros(batch, height, width, dtype=torch.bool, device=device)
         failures = torch.zeros(batch, dtype=torch.int64, device=device)
         going = asked > 0
         while bool(going.any()):
             left = asked - mask.flatten(1).sum(1)
             high = left.clamp(max=c.most) if c.most is not None else left
-            area, aspect, down, across = torch.rand(4, batch, device=device)
-            area = c.least + (high - c.least) * area
-            ratio = torch.exp(log(c.aspect) * (1 - 2 * aspect))
-            h, w = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
-            top, start = (down * (height - h + 1)).long(), (across * (width - w + 1)).long()
-            inside = (row >= top[:, None, None]) & (row < (top + h)[:, None, None]) & (column >= start[:, None, None]) \
-                & (column < (start + w)[:, None, None])
+            inside, fits = rectangles(c.least, high, c.aspect, height, width)
             more = (inside & ~mask).flatten(1).sum(1)
-            good = going & (h < height) & (w < width) & (more > 0) & (more <= high)
+            good = going & fits & (more > 0) & (more <= high)
             mask |= inside & good[:, None, None]
             failures = torch.where(good, 0, failures + 1)
             going = going & (failures < c.tries) & (mask.flatten(1).sum(1) < asked)
@@ -147,6 +140,19 @@ class BlockMask(Part):
         if c.fill == "exact":                # hidden ones first, the others in random order
             mask = torch.where(mask, -1.0, torch.rand(mask.shape, device=device)).argsort(1).argsort(1) < asked[:, None]
         return masking_of(mask)
+
+
+def rectangles(least: int, high: Tensor, aspect: float, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """One random rectangle for each sample, of an area uniform in [least, high [B]] and a log-uniform aspect ratio in [aspect, 1/aspect], at a random
+    place: what lies inside it [B,H,W], and whether it is smaller than the grid [B] (where not, it is none)."""
+    row, column = torch.arange(height, device=high.device)[:, None], torch.arange(width, device=high.device)
+    area, turn, down, across = torch.rand(4, len(high), device=high.device)
+    area = least + (high - least) * area
+    ratio = torch.exp(log(aspect) * (1 - 2 * turn))
+    h, w = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
+    top, start = (down * (height - h + 1)).long(), (across * (width - w + 1)).long()
+    inside = (row >= top[:, None, None]) & (row < (top + h)[:, None, None]) & (column >= start[:, None, None]) & (column < (start + w)[:, None, None])
+    return inside, (h < height) & (w < width)
 
 
 class DropHidden(Part):

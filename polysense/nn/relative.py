@@ -28,6 +28,20 @@ def offsets(grid: tuple[int, int]) -> Tensor:
     return out
 
 
+def along(table: Tensor, queries: int, keys: int) -> Tensor:
+    """Rows of a table of relative positions [2S-1,H] for every query and key of one axis: [queries,keys,H], row 0 the largest negative offset.
+
+    Where one of the two is coarser, its places are as many of the finer apart as fit between them (Li et al. 2022, MViTv2, section 4.1, released
+    code). A table for another side is interpolated linearly.
+    """
+    side = max(queries, keys)
+    if len(table) != 2 * side - 1:
+        table = F.interpolate(table.T[None], size=2 * side - 1, mode="linear")[0].T
+    one, two = side / queries, side / keys
+    query, key = torch.arange(queries, device=table.device) * one, torch.arange(keys, device=table.device) * two
+    return table[(query[:, None] - key + (keys - 1) * two).long()]
+
+
 def resized(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """A table [(2h-1)(2w-1)+3, N] for another grid: offsets interpolated in two dimensions, the three extra rows as they are."""
     if old == new:

@@ -14,18 +14,8 @@ from polysense.nn.drop import residual
 from polysense.nn.mlp import MLP
 from polysense.nn.norm import LayerNorm, LayerNorm2d
 from polysense.nn.patch import Patches
+from polysense.nn.relative import along
 from polysense.towers.encoded import Encoded, Tower
-
-
-def offsets(table: Tensor, side: int) -> Tensor:
-    """Rows of a table of relative positions [2S-1,H] for every pair of places on an axis: [side,side,H], row 0 the largest negative offset.
-
-    A table for another side is interpolated linearly.
-    """
-    if len(table) != 2 * side - 1:
-        table = F.interpolate(table.T[None], size=2 * side - 1, mode="linear")[0].T
-    place = torch.arange(side, device=table.device)
-    return table[place[:, None] - place[None] + side - 1]
 
 
 class GridAttention(Attention):
@@ -44,8 +34,8 @@ class GridAttention(Attention):
         """x [B,h,w,D] -> [B,h,w,D]."""
         grid, x = x.shape[1:3], lowered(x)
         q, k, v = (f(x).unflatten(-1, (self.heads, -1)).permute(0, 3, 1, 2, 4) for f in (self.q, self.k, self.v))      # [B,N,h,w,H]
-        bias = torch.einsum("bnyxc,ykc->bnyxk", q, offsets(self.rows, grid[0]).to(q.dtype))[..., None] \
-            + torch.einsum("bnyxc,xkc->bnyxk", q, offsets(self.columns, grid[1]).to(q.dtype))[..., None, :]
+        bias = torch.einsum("bnyxc,ykc->bnyxk", q, along(self.rows, grid[0], grid[0]).to(q.dtype))[..., None] \
+            + torch.einsum("bnyxc,xkc->bnyxk", q, along(self.columns, grid[1], grid[1]).to(q.dtype))[..., None, :]
         mixed = attend(q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3), bias.flatten(4, 5).flatten(2, 3))
         return self.out(mixed.transpose(1, 2).flatten(2)).unflatten(1, grid)
 

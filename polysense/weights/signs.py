@@ -53,6 +53,7 @@ SIGNS: dict[tuple[str, str], str] = {
     ("beit", "hf_classifier"): r"beit\.pooler\.layernorm\.weight",
     ("beit", "unilm"): r"rel_pos_bias\.relative_position_bias_table",
     ("maskfeat", "slowfast"): r"pred_head\.projections\.0\.weight",
+    ("maskfeat", "slowfast_video"): r"blocks\.0\.attn\.pool_q\.weight",
     ("data2vec_vision", "hf"): r"(data2vec_vision\.)?encoder\.relative_position_bias\.relative_position_bias_table",
     ("eva", "baai"): r"blocks\.0\.attn\.q_bias",
     ("eva", "baai_classifier"): r"blocks\.0\.attn\.q_bias",

@@ -45,3 +45,12 @@ def test_the_pipeline_encodes_and_draws_files(place, tmp_path):
     (tmp_path / "cut.png").write_bytes(files[0].read_bytes()[:60])
     with pytest.raises(UserError, match="cannot read the picture"):
         pipeline.reconstruct([tmp_path / "cut.png"])
+
+
+def test_a_preset_of_clips_is_trained_and_the_way_on_is_that_of_clips(tmp_path, capsys):
+    assert run("train", "maskfeat", "--preset", "tiny_video", "encoder.base=8", "encoder.depth=2", "encoder.doubled=(1,)", "batch_size=4",
+               "--data", "scenes:clips?size=32&frames=16&n=20", "--steps", 2, "--out", tmp_path / "m", "--workers", 0) == 0
+    assert "polysense encode VIDEOS -m" in capsys.readouterr().err
+    assert run("train", "maskfeat", "encoder.body.width=12", "encoder.body.depth=1", "batch_size=4", "--data", "scenes:clips?size=64&n=20",
+               "--steps", 1, "--out", tmp_path / "p", "--workers", 0) == 0
+    assert "polysense encode PHOTOS -m" in capsys.readouterr().err, "pictures of clips train the preset of pictures"

@@ -9,6 +9,7 @@ import polysense
 from polysense.base.catalogue import preset_of
 from polysense.base.errors import UserError
 from polysense.decoders.hog import HOGTarget, hog
+from polysense.mechanisms.cube_mask import CubeMask
 from polysense.train.fit import fit
 
 recipe = polysense.load("maskfeat")
@@ -142,3 +143,130 @@ def test_features_of_a_frozen_tower_in_place_of_histograms(image):
     assert not system.target.tower.training, "a frozen teacher does not drop anything"
     with pytest.raises(UserError, match="the teacher has 16 patches"):
         plan.but(**{"config.target.tower.image_size": 16, "config.target.size": 16}).config.build().losses({"image": image})
+
+
+# -- clips ------------------------------------------------------------------------------------------------------------------------------
+
+SMALL = {"config.encoder.base": 16, "config.encoder.depth": 3, "config.encoder.doubled": (1, 2), "config.encoder.halved": (1,)}
+
+
+@pytest.fixture()
+def of_clips():
+    torch.manual_seed(0)
+    return preset_of("maskfeat", "tiny_video").but(**SMALL).config.build().eval()
+
+
+@pytest.fixture()
+def video():
+    return torch.randn(3, 16, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def test_boxes_of_space_and_time_hide_two_fifths_of_the_cells():
+    torch.manual_seed(0)
+    masks = CubeMask.Config().build()(200, (8, 14, 14)).mask.view(200, 8, 14, 14)
+    cells = masks[:, :, ::2, ::2]
+    assert torch.equal(cells.repeat_interleave(2, 2).repeat_interleave(2, 3), masks), "cells are two patches wide: a window of 8 x 7 x 7"
+    hidden = cells.flatten(1).sum(1)
+    assert hidden.max() <= round(0.4 * 8 * 49) and hidden.float().mean() > 0.95 * 0.4 * 8 * 49
+    together = (cells[:, 1:] & cells[:, :-1]).float().mean() / cells.float().mean() ** 2
+    assert together > 1.5, "what is hidden stays so for a while"
+    frames = cells.flatten(2).sum(2)
+    assert (frames.amax(1) > frames.amin(1)).float().mean() > 0.95, "but not, as a tube, for the whole clip"
+    assert len(cells.flatten(1).unique(dim=0)) == 200
+    with pytest.raises(UserError, match="does not divide into cells"):
+        CubeMask.Config().build()(1, (8, 7, 7))
+
+
+def test_the_target_of_a_cube_is_the_histograms_of_the_first_of_its_two_frames(of_clips, video):
+    truth = of_clips.target.whole(video)
+    assert truth.shape == (3, 8 * 4 * 4, 108)
+    for time in (0, 5):
+        one = HOGTarget.Config(patch=8, cell=4).build().whole(video[:, 2 * time])
+        torch.testing.assert_close(truth[:, 16 * time:16 * (time + 1)], one)
+    other = video.clone()
+    other[:, 1::2] = torch.randn_like(other[:, 1::2])
+    assert torch.equal(of_clips.target.whole(other), truth)
+
+
+def test_the_loss_of_clips_is_one_linear_layer_at_hidden_cubes(of_clips, video):
+    torch.manual_seed(2)
+    masking = of_clips.masking(video)
+    said, truth = of_clips.decoder.head(of_clips.see(video, masking)[:, 1:]), of_clips.target.whole(video)
+    errors = [(said[b, n] - truth[b, n]).square().mean() for b in range(3) for n in range(128) if masking.mask[b, n]]
+    torch.manual_seed(2)
+    torch.testing.assert_close(of_clips.losses({"video": video})["features"], torch.stack(errors).mean())
+    with pytest.raises(UserError, match="no clips"):
+        of_clips.losses({"image": video[:, 0]})
+
+
+def test_what_is_hidden_of_a_clip_is_not_seen_but_for_the_margin_of_the_first_convolution(of_clips, video):
+    torch.manual_seed(3)
+    assert not list(of_clips.doubts({"video": video}))
+    masking = of_clips.masking(video)
+    everything = torch.zeros_like(masking.mask)
+    of_clips.hide.token.data.fill_(7.0)
+    first = of_clips.encoder.embed(video, fill=(masking.mask, of_clips.hide.token))[:, 1:].unflatten(1, (8, 8, 8))
+    plain = of_clips.encoder.embed(video, fill=(everything, of_clips.hide.token))[:, 1:].unflatten(1, (8, 8, 8))
+    fine = masking.mask.view(3, 8, 4, 4).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    assert (first[fine] == 7.0).all() and torch.equal(first[~fine], plain[~fine])
+
+
+def test_the_grid_grows_coarser_as_blocks_grow_wider(of_clips, video):
+    encoder, sizes, x, grid = of_clips.encoder, [], of_clips.encoder.embed(video), of_clips.encoder.first
+    for block in encoder.blocks:
+        x, grid = block(x, grid)
+        sizes.append((grid, x.shape[-1], block.attn.heads))
+    assert sizes == [((8, 8, 8), 32, 1), ((8, 4, 4), 64, 2), ((8, 4, 4), 64, 4)], "`mlp` widens a block before the heads double"
+    assert [b.attn.pool_k.conv.stride[-1] for b in encoder.blocks] == [4, 2, 2] and encoder.blocks[1].attn.pool_q.conv.stride == (1, 2, 2)
+    released = [preset_of("maskfeat", name).config.encoder for name in ("mvit_s", "mvit_l")]
+    with torch.device("meta"):
+        assert [e.build().grid for e in released] == [(8, 14, 14)] * 2, "the last stage keeps its grid"
+    for wrong in ({"frames": 15}, {"image_size": 36}, {"widens": "both"}, {"halved": (0, 1)}, {"doubled": (9,)}):
+        with pytest.raises(UserError, match="do not go together"):
+            preset_of("maskfeat", "tiny_video").config.encoder.but(**wrong).build()
+
+
+def test_scores_and_sums_know_where_things_are(of_clips, video):
+    """Without relative positions and the pooled queries' own part a block would not tell one place from another."""
+    attn, grid = of_clips.encoder.blocks[2].attn, (8, 4, 4)
+    x = torch.randn(1, 1 + 128, 64)
+    q = torch.randn(1, 4, 129, 16)
+    bias = attn.apart(q, grid, (8, 2, 2))
+    assert bias.shape == (1, 4, 129, 33) and (bias[..., 0] == 0).all() and (bias[:, :, 0] == 0).all(), "the class token has no place"
+    time, row, column = 3, 2, 1                     # against the key at time 6, row 1, column 0 of a grid half as fine
+    here = q[0, 2, 1 + time * 16 + row * 4 + column]
+    want = here @ (attn.times[time - 6 + 7] + attn.rows[row - 2 * 1 + 2 * 1] + attn.columns[column - 0 + 2 * 1])
+    torch.testing.assert_close(bias[0, 2, 1 + time * 16 + row * 4 + column, 1 + 6 * 4 + 1 * 2 + 0], want)
+    with torch.no_grad():
+        attn.out.weight.copy_(torch.eye(64)), attn.out.bias.zero_()
+        full = attn(x, grid)[0]
+        values = attn.qkv.weight[128:]
+        attn.qkv.weight[128:], attn.qkv.bias[128:] = torch.zeros_like(values), 0.0
+        attn.pool_v.norm.weight.zero_(), attn.pool_v.norm.bias.zero_()
+        alone = attn(x, grid)[0]
+        pooled = attn.pool_q((attn.qkv(x)[..., :64]).unflatten(-1, (4, 16)).transpose(1, 2), grid)[0].transpose(1, 2).flatten(2)
+    assert not torch.allclose(full, alone)
+    torch.testing.assert_close(alone[:, 1:], pooled[:, 1:])
+
+
+def test_clips_are_learnt_and_encoded(of_clips, video):
+    stage = preset_of("maskfeat", "tiny_video").stages[0].but(steps=15, **{"optim.warmup": 1})
+    steps = list(fit(of_clips, stage, iter([{"video": video}] * 15)))
+    assert steps[-1].total < 0.97 * steps[0].total
+    of_clips.zero_grad(set_to_none=True)
+    of_clips.losses({"video": video}).total().backward()
+    assert not [n for n, p in of_clips.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    said = of_clips.eval().encode_video(video)
+    torch.testing.assert_close(said.norm(dim=1), torch.ones(3))
+    torch.testing.assert_close(said[1:2], of_clips.encode_video(video[1:2]), rtol=1e-4, atol=1e-5)
+    for wrong in (video[:, :8], video[..., :16, :16], video[:, 0], video[:, :, :1]):
+        with pytest.raises(UserError, match="this tower reads"):
+            of_clips.encode_video(wrong)
+
+
+def test_published_settings_of_clips():
+    plan = preset_of("maskfeat", "mvit_s")
+    stage, encoder = plan.stages[0], plan.config.encoder
+    assert (stage.batch_size, stage.optim.clip, stage.optim.lr) == (512, 0.02, pytest.approx(8e-4 * 512 / 256))
+    assert (encoder.base, encoder.depth, encoder.halved, encoder.doubled, encoder.widens, encoder.frames) == (96, 16, (1, 3), (1, 3, 14), "mlp", 16)
+    assert (plan.config.sampler.ratio, plan.config.target.patch, plan.config.target.cell, plan.feed.video.stride) == (0.4, 16, 8, 4)

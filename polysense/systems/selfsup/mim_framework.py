@@ -18,7 +18,7 @@ and plan as they are: `polysense compare mim_framework --vary target=pixel,hog,e
 parts, its feed and its plan, under this objective. Pixels, HOG and spectra are low-level targets, codes and features high-level ones (`level`). Two
 are no choice of these slots: iBOT, whose teacher judges by a head of its own and pictures as a whole besides, and BEVT, which has two students.
 """
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -98,7 +98,7 @@ class MIMFramework(MaskedModel):
             raise UserError(f"aggregate with loss={c.loss} on {type(self.encoder).__name__}",
                             "a second head names codes behind a tower with relative positions whose hidden patches are replaced")
         self.aggregate, self.early = None if c.aggregate is None else c.aggregate.build(), c.early
-        self.judge, self.reads = LOSSES[c.loss], "video" if isinstance(self.encoder, VideoViT) else "image"
+        self.judge, self.inputs = LOSSES[c.loss], ("video" if isinstance(self.encoder, VideoViT) else "image",)
 
     @property
     def level(self) -> str:
@@ -106,7 +106,7 @@ class MIMFramework(MaskedModel):
         return "low" if isinstance(self.target, (PixelTarget, HOGTarget, SpectrumTarget)) else "high"
 
     def losses(self, batch: Batch) -> Losses:
-        pixels = batch[self.reads]
+        pixels = batch[self.inputs[0]]
         masking = self.masking(pixels)
         if self.aggregate is not None:
             codes = self.target(pixels, masking)
@@ -114,10 +114,6 @@ class MIMFramework(MaskedModel):
             return Losses(predict=masked_ce(main, codes), cls=masked_ce(branch, codes))
         said = self.judge(*self.pairs(pixels, masking))
         return Losses(**said) if isinstance(said, dict) else Losses(predict=said)
-
-    def doubts(self, batch: Batch) -> Iterator[str]:
-        """As any masked model's, of what this one reads."""
-        return super().doubts({self.reads: batch[self.reads]})
 
     def encode_image(self, image: Tensor) -> Tensor:
         """image [B,3,H,W] -> [B,D], unit norm: the encoder's pooled feature, nothing hidden."""
