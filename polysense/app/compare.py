@@ -258,7 +258,7 @@ def examined(pipeline: Any, field_: Field, only: Sequence[Slot] | None = None) -
         exam = EXAMS[slot.exam]
         if not all(fulfils(pipeline.system, c) for c in exam.asks):
             continue
-        if exam.reads == "pictures":
+        if exam.reads != "features":
             out[str(slot)] = plain(take(slot.exam, pipeline, field_.tests[slot.data], field_.trains[slot.data]))
             continue
         if slot.data not in seen:

@@ -110,6 +110,13 @@ class Classifies(Protocol):
 
 
 @runtime_checkable
+class ClassifiesVideo(Protocol):
+    def classify_video(self, video: Tensor) -> Tensor:
+        """video [B,T,3,H,W] -> logits [B,C] over the classes it was trained on; UserError for a system that was trained on none."""
+        ...
+
+
+@runtime_checkable
 class MatchesText(Protocol):
     def match_text(self, image: Tensor, text: Tensor) -> Tensor:
         """image [B,3,H,W] and text [B,L] token ids, or one of either for all of the other -> probability [B] that they belong together."""
@@ -254,7 +261,7 @@ CAPABILITIES: dict[str, type] = {
     "encode_words": EncodesWords, "encode_image_terms": EncodesImageTerms, "encode_text_terms": EncodesTextTerms,
     "encode_video_parts": EncodesVideoParts, "encode_stream": StreamsVideo,
     "encode_audio": EncodesAudio, "encode_depth": EncodesDepth, "encode_thermal": EncodesThermal, "encode_imu": EncodesIMU,
-    "match_text": MatchesText, "ground_text": GroundsText, "classify": Classifies, "generate_text": GeneratesText,
+    "match_text": MatchesText, "ground_text": GroundsText, "classify": Classifies, "classify_video": ClassifiesVideo, "generate_text": GeneratesText,
     "generate_image": GeneratesImage, "guess_words": GuessesWords, "translate_text": TranslatesText,
     "sample_image": SamplesImage,
     "attend": Attends, "reconstruct": Reconstructs, "encode_codes": EncodesCodes, "decode_codes": DecodesCodes,

@@ -42,6 +42,30 @@ def picked(total: int, plan: VideoPlan, at: float = 0.5) -> np.ndarray:
     return (start + np.arange(plan.frames) * plan.stride).clip(max=total - 1)
 
 
+def spread(total: int, plan: VideoPlan, clips: int) -> np.ndarray:
+    """Positions [clips,frames] of several clips of a video of `total` frames: windows of "stride" from its beginning to its end, of "uniform" each a
+    frame later than the one before. One clip is what `picked` says."""
+    if clips == 1:
+        return picked(total, plan)[None]
+    if clips < 1 or plan.sample == "all":
+        raise UserError(f"{clips} clips of a video of which every frame is read" if clips > 0 else f"{clips} clips of a video",
+                        "count from 1; several need a plan that takes some of the frames")
+    frames = picked(total, plan)                         # refuses a plan that cannot be met
+    if plan.sample == "uniform":
+        return np.linspace(0, total - 1, clips * len(frames)).round().astype(int).reshape(-1, clips).T
+    room = max(0, total - (plan.frames - 1) * plan.stride - 1)
+    starts = (np.arange(clips) * room / (clips - 1)).astype(int)
+    return (starts[:, None] + np.arange(plan.frames) * plan.stride).clip(max=total - 1)
+
+
+def several(item: Any, plan: VideoPlan, clips: int) -> list[list[np.ndarray]]:
+    """The frames uint8 [H,W,3] of several clips of one video, as `spread` places them; it is decoded twice, whatever `clips` is."""
+    wanted = spread(sum(1 for _ in decoded(item)), plan, clips)
+    needed = set(wanted.ravel().tolist())
+    held = {i: frame for i, frame in enumerate(decoded(item)) if i in needed}
+    return [[held[i] for i in clip] for clip in wanted.tolist()]
+
+
 def decoded(item: Any) -> Iterator[np.ndarray]:
     """A path, encoded bytes, or an array [T,H,W,3] -> its frames one by one, uint8 [H,W,3]. Needs the extra `video` but for arrays.
 

@@ -120,9 +120,11 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def fit(picture: Image.Image, plan: ImagePlan, resample: str | None = None) -> Image.Image:
+def fit(picture: Image.Image, plan: ImagePlan, resample: str | None = None, place: float = 0.5) -> Image.Image:
     """Resized and cropped to plan.size x plan.size pixels, antialiased: torchvision's Resize + CenterCrop, as CLIP reads pictures;
-    with fit="pad" padded to a square with the mean colour first (LLaVA-1.5), with "corner" resized by the longer side, then padded (SAM)."""
+    with fit="pad" padded to a square with the mean colour first (LLaVA-1.5), with "corner" resized by the longer side, then padded (SAM).
+
+    place: where along the longer side fit="crop" cuts, from 0 (left or top) to 1."""
     how, size = RESAMPLE[resample or plan.resample], plan.size
     if plan.fit == "pad":
         side = max(picture.size)
@@ -139,7 +141,7 @@ def fit(picture: Image.Image, plan: ImagePlan, resample: str | None = None) -> I
     w, h = resized_to(picture.size, size)
     if picture.size != (w, h):
         picture = picture.resize((w, h), how)
-    left, top = round((w - size) / 2), round((h - size) / 2)
+    left, top = round((w - size) * place), round((h - size) * place)
     return picture if (w, h) == (size, size) else picture.crop((left, top, left + size, top + size))
 
 

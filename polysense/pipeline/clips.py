@@ -13,6 +13,7 @@ from polysense.base.errors import UserError
 from polysense.base.plan import ImagePlan, Preset, VideoPlan
 from polysense.base.protocols import fulfils
 from polysense.data import clips, images
+from polysense.data.clips import several
 from polysense.data.planes import read_planes
 from polysense.train.precision import autocast
 
@@ -50,6 +51,19 @@ class Clips:
         if len({len(m) for m in made}) > 1:
             raise UserError(f"these videos have {', '.join(str(len(m)) for m in made[:6])} frames", "read them one at a time")
         return torch.stack(made).to(self.device)
+
+    def read_video_views(self, video: Any, clips: int = 1, crops: int = 1) -> Tensor:
+        """One video -> [clips * crops,T,3,H,W] on the device: `clips` times from its beginning to its end, each with `crops` squares along the longer
+        side (Feichtenhofer et al. 2019, SlowFast, section 4: ten times three). Raises UserError for crops of pictures that the feed does not crop."""
+        plan, image = video_plan(self.preset)
+        if crops < 1 or (crops > 1 and image.fit != "crop"):
+            raise UserError(f"{crops} crops of frames", f"this system reads frames whole (fit={image.fit!r}): one crop" if crops else "count from 1")
+        places, views = [0.5] if crops == 1 else [i / (crops - 1) for i in range(crops)], list[np.ndarray]()
+        for clip in several(video, plan, clips):
+            pictures = [images.decode(f) for f in clip]
+            views += [np.stack([images.pixels(images.fit(p, image, place=x)) for p in pictures]) for x in places]
+        made = torch.from_numpy(np.stack(views))
+        return images.normalised(made.flatten(0, 1), image).unflatten(0, made.shape[:2]).to(self.device)
 
     def read_audios(self, audios: Sequence[Any], rate: int | None = None) -> Tensor:
         """Paths, bytes or float arrays [S] (at `rate`, by default the feed's) -> [B,S] on the device, resampled and cut as the feed says,

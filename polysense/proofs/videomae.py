@@ -59,7 +59,7 @@ def motion(encoder: System | None, few: Source, test: Source, seed: int) -> floa
     system, right, total = train_arm("videomae", preset, few, needs=("video", "label"), seed=seed, prepare=carry).subject.system, 0, 0
     with torch.inference_mode():
         for batch in Loader(test, preset.feed, None, batch_size=50, train=False, needs=("video", "label")):
-            right, total = right + int((system.sort(batch["video"]).argmax(1) == batch["label"]).sum()), total + len(batch["label"])
+            right, total = right + int((system.classify_video(batch["video"]).argmax(1) == batch["label"]).sum()), total + len(batch["label"])
     return right / total
 
 

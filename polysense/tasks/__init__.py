@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Exam:
     name: str
-    module: str
+    module: str                              # whose `run` it is, or "module:function"
     asks: tuple[str, ...]                    # capabilities of the system
     needs: tuple[str, ...]                   # batch keys that the sources offer
     trains: str                              # what is done with a training source; "" where it takes none
     says: str
-    reads: str = "features"                  # "pictures": more than the feature that encode_image says of each
+    reads: str = "features"                  # what it is given: the features that encode_image says of pictures, or the data themselves
 
 
 EXAMS: dict[str, Exam] = {e.name: e for e in (
@@ -34,17 +34,17 @@ EXAMS: dict[str, Exam] = {e.name: e for e in (
     Exam("retrieval", "polysense.tasks.retrieval", ("encode_image", "encode_text"), ("image", "text"), "",
          "find the captions of a picture among all captions, and the picture of a caption among all pictures"),
     Exam("sound_zero_shot", "polysense.tasks.sound_zero_shot", ("encode_audio", "encode_text"), ("audio", "label"), "",
-         "classify sounds by the names of their classes, written into prompt templates"),
+         "classify sounds by the names of their classes, written into prompt templates", "sounds"),
     Exam("video_retrieval", "polysense.tasks.video_retrieval", ("encode_video", "encode_text"), ("video", "text"), "",
-         "find the video of a caption among all videos, and the captions of a video among all captions"),
+         "find the video of a caption among all videos, and the captions of a video among all captions", "videos"),
     Exam("views", "polysense.tasks.views", ("render_view",), ("origin", "direction", "rgb"), "",
-         "render views that were not trained on: PSNR, SSIM, and the error of distances where they are known"),
+         "render views that were not trained on: PSNR, SSIM, and the error of distances where they are known", "pictures"),
     Exam("reconstruction", "polysense.tasks.reconstruction", ("reconstruct",), ("image",), "",
-         "draw pictures again: PSNR and SSIM, and how many of its codes a codec uses"),
+         "draw pictures again: PSNR and SSIM, and how many of its codes a codec uses", "pictures"),
     Exam("detection", "polysense.tasks.detection", ("detect",), ("image", "boxes", "box_label"), "",
-         "find things with their classes: average precision at an overlap of one half"),
+         "find things with their classes: average precision at an overlap of one half", "pictures"),
     Exam("clicks", "polysense.tasks.segmentation", ("segment",), ("image", "mask"), "",
-         "outline things from 1, 3 and 5 simulated clicks, by overlap with the true mask"),
+         "outline things from 1, 3 and 5 simulated clicks, by overlap with the true mask", "pictures"),
     Exam("linear_probe", "polysense.tasks.linear_probe", ("encode_image",), ("image", "label"), "logistic regression",
          "logistic regression on frozen features, its strength chosen on a validation split"),
     Exam("knn_probe", "polysense.tasks.knn_probe", ("encode_image",), ("image", "label"), "a vote of the neighbours",
@@ -57,10 +57,16 @@ EXAMS: dict[str, Exam] = {e.name: e for e in (
          "tune a copy of the image tower on labels, every weight of it", "pictures"),
     Exam("probes", "polysense.tasks.probes", ("encode_image",), ("image", "label"), "neighbours, linear, few-shot and attentive probe",
          "all probes on features computed once, beside the same encoder untrained", "pictures"),
+    Exam("video_recognition", "polysense.tasks.video_recognition", ("classify_video",), ("video", "label"), "",
+         "say what happens in videos, by the mean of several clips and crops of each: clips=5 crops=3", "videos"),
+    Exam("video_linear_probe", "polysense.tasks.video_probes:linear", ("encode_video",), ("video", "label"), "logistic regression",
+         "logistic regression on frozen features of videos, of one view of each or the mean of several", "videos"),
+    Exam("video_knn_probe", "polysense.tasks.video_probes:neighbours", ("encode_video",), ("video", "label"), "a vote of the neighbours",
+         "let the nearest training videos vote on the class", "videos"),
     Exam("judged", "polysense.tasks.judged", ("generate_text",), ("image", "question", "answer"), "",
-         "answer questions about pictures, graded by a language model that is told in words what they show, relative to a reference"),
+         "answer questions about pictures, graded by a language model that is told in words what they show, relative to a reference", "pictures"),
     Exam("generation", "polysense.tasks.generation", ("sample_image",), ("image", "label"), "a small classifier whose features are compared",
-         "how near pictures drawn without words come to real ones: Fréchet and kernel distance of a small classifier's features"),
+         "how near pictures drawn without words come to real ones: Fréchet and kernel distance of a small classifier's features", "pictures"),
 )}
 
 
@@ -98,7 +104,8 @@ def take(exam: str, subject: Any, test: Any, train: Any = None, **options: Any) 
         raise UserError(f"{exam} would be examined on what it learned from ({test.name!r})", "give another split for training")
     from importlib import import_module
 
-    run = import_module(asked.module).run
+    module, _, name = asked.module.partition(":")
+    run = getattr(import_module(module), name or "run")
     known = [p.name for p in signature(run).parameters.values() if p.kind is p.KEYWORD_ONLY]
     if unknown := sorted(set(options) - set(known)):
         raise UserError(f"{exam} has no option {unknown[0]!r}", f"it has {', '.join(known)}")

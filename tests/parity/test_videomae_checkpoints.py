@@ -69,7 +69,7 @@ def test_classifier_in_and_out(tmp_path):
     video = torch.randn(2, 4, 3, 16, 16)
     with torch.no_grad():
         want = {"logits": peer(video).logits, "feature": peer.videomae(video).last_hidden_state.mean(1)}
-        assert_agree({"logits": system.sort(video), "feature": system.encoder(video).pooled}, want)
+        assert_agree({"logits": system.classify_video(video), "feature": system.encoder(video).pooled}, want)
         export(system.state_dict(), preset.config, LAYOUT, tmp_path / "back", preset.feed)
         again = hf.VideoMAEForVideoClassification.from_pretrained(tmp_path / "back").eval()
         assert_agree({"logits": again(video).logits}, {"logits": want["logits"]})

@@ -151,7 +151,7 @@ def test_fine_tuning_reads_the_normed_mean_of_all_tokens(video):
     system.recognise({"video": video, "label": torch.tensor([0, 2])}).total().backward()
     assert all(p.grad is not None for p in system.parameters())
     tokens = system.eval().encoder.body(system.encoder.embed(video))
-    torch.testing.assert_close(system.sort(video), system.head.out(F.layer_norm(tokens.mean(1), (24,))), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(system.classify_video(video), system.head.out(F.layer_norm(tokens.mean(1), (24,))), rtol=1e-4, atol=1e-5)
 
 
 def test_pipeline_encodes_clips(system):
@@ -170,7 +170,7 @@ def test_broken_files_and_wrong_clips_are_refused_in_one_line(system, video, tmp
         with pytest.raises(UserError, match="this tower reads"):
             system.encode_video(wrong)
     with pytest.raises(UserError, match="no classes"):
-        system.sort(video)
+        system.classify_video(video)
     with pytest.raises(UserError, match="different numbers"):
         system.see(video, masking_of(torch.rand(2, 128) < torch.tensor([[0.3], [0.8]])))
     bad = video.clone()

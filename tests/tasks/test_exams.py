@@ -39,6 +39,9 @@ class Colours(nn.Module):
         self.seen += len(image)
         return F.normalize(self.net(image.mean((2, 3))), dim=-1)
 
+    def encode_video(self, video):
+        return self.encode_image(video[:, 0])
+
     @property
     def tower(self):
         """One place a picture."""
@@ -71,6 +74,8 @@ def subject(system, id="toy"):
     return SimpleNamespace(system=system, id=id, device=torch.device("cpu"), preset=None, tokenizer=None, read_texts=read_texts,
                            read_images=lambda items: torch.from_numpy(np.stack(items)).permute(0, 3, 1, 2).float(),
                            read_audios=lambda items, rate=None: torch.from_numpy(np.stack(items)),
+                           read_video_views=lambda item, clips, crops: torch.from_numpy(item).permute(0, 3, 1, 2).float().expand(
+                               clips * crops, -1, -1, -1, -1),
                            read_videos=lambda items: torch.from_numpy(np.stack(items)).permute(0, 1, 4, 2, 3).float())
 
 
@@ -367,7 +372,8 @@ def test_exams_are_listed_without_torch():
 
     code = "import sys; from polysense.tasks import EXAMS; assert len(EXAMS) > 5; print(sorted({'torch', 'numpy', 'sklearn'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
-    assert exams_for(Colours()) == ("linear_probe", "knn_probe", "few_shot", "attentive_probe", "fine_tune", "probes")
+    assert exams_for(Colours()) == ("linear_probe", "knn_probe", "few_shot", "attentive_probe", "fine_tune", "probes", "video_linear_probe",
+                                    "video_knn_probe")
 
 
 def test_videos_of_several_vectors_are_as_near_as_their_nearest():

@@ -35,7 +35,7 @@ from polysense.weights import videomae_hf
 card = Card(
     name="VideoMAE", paper="Tong et al., VideoMAE: Masked Autoencoders are Data-Efficient Learners for Self-Supervised Video Pre-Training, 2022",
     arxiv="2203.12602", year=2022, says="Learns videos without labels by drawing the nine tenths of them that it is not shown.",
-    needs=("video",), can=("encode_video",), official="MCG-NJU/VideoMAE",
+    needs=("video",), can=("encode_video", "classify_video"), official="MCG-NJU/VideoMAE",
 )
 
 PARAMETERS = 94_210_944                      # ViT-B 86,227,200 (no bias of the keys), decoder 7,983,744; the two position tables are not counted
@@ -79,9 +79,9 @@ class VideoMAE(MaskedModel):
 
     def recognise(self, batch: Batch) -> Losses:
         """Fine-tuning on the classes of clips."""
-        return Losses(label=softmax_ce(self.sort(batch["video"]), batch["label"]))
+        return Losses(label=softmax_ce(self.classify_video(batch["video"]), batch["label"]))
 
-    def sort(self, video: Tensor) -> Tensor:
+    def classify_video(self, video: Tensor) -> Tensor:
         """video [B,F,3,H,W] -> logits [B,C]. UserError for a system without a head."""
         if isinstance(self.head, Nothing):
             raise UserError("this VideoMAE has no classes", "fine-tune it with a head")
