@@ -312,10 +312,16 @@ def _clip(vocab: dict[str, int], merges: list[Any], plan: TextPlan) -> Tokenizer
 
 def _published(folder: Path, plan: TextPlan) -> Tokenizer:
     """LLaMA's, T5's or RoBERTa's own, as `tokenizer.json` has it: case and spaces are kept; letters unknown to LLaMA are written as bytes, RoBERTa
-    writes nothing but bytes. A text of T5 has no start: padding stands there, which its decoder begins with."""
+    writes nothing but bytes. A text of T5 has no start: padding stands there, which its decoder begins with. Without that file the SentencePiece
+    model that T5 or a multilingual RoBERTa (XLM-R, BEiT-3) was published with."""
     path = folder / "tokenizer.json"
     if not path.is_file():
-        raise UserError(f"no {plan.kind} vocabulary in {folder}", "it should hold tokenizer.json")
+        from polysense.data.sentencepiece import find, t5, xlm_roberta
+
+        pieces, read = find(folder), {"t5": t5, "roberta": xlm_roberta}.get(plan.kind)
+        if pieces is not None and read is not None:
+            return Tokenizer(read(pieces), plan, *PUBLISHED[plan.kind])
+        raise UserError(f"no {plan.kind} vocabulary in {folder}", "it should hold tokenizer.json" + (" or a SentencePiece model" if read else ""))
     try:
         return Tokenizer(Engine.from_file(str(path)), plan, *PUBLISHED[plan.kind])
     except UserError:
