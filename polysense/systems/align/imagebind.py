@@ -181,14 +181,15 @@ def tiny_depth() -> Preset:
 
 
 def paper() -> Preset:
-    """imagebind_huge, the stage that binds sound (AudioSet, 64 epochs). The frozen towers are OpenCLIP's ViT-H/14 and its text tower: read them
-    from a published file (layout `official`) before binding more."""
+    """imagebind_huge, the stage that binds sound (AudioSet, 64 epochs). The frozen towers are OpenCLIP's ViT-H/14 and its text tower, which
+    `clip_scaling` teaches; a taught ImageBind comes from its published file (layout `official`)."""
     image, text = (clip_body(w, d, 16, act="gelu").but(norm=NORM, **{"block.norm": NORM}) for w, d in ((1280, 32), (1024, 24)))
     senses: dict[str, Any] = {"audio": bound(768, 12, 12, 1024, 20.0, drop_path=0.1), "depth": bound(384, 12, 8, 1024, 5.0, tokens=plane(224)),
               "thermal": bound(768, 12, 12, 1024, 10.0, tokens=plane(224)),
               "imu": bound(512, 6, 8, 1024, 5.0, drop_path=0.7, dropout=0.5, tokens=WindowTokens.Config(length=2000, norm=LayerNorm.Config()))}
     return Preset(
-        data="audioset", config=ImageBind.Config(**clip(224, 14, image, text, 1024, NORM), **senses),
+        data="audioset", starts=tuple(s.but(from_="clip_scaling", preset="vit_h_14") for s in STANDS),
+        config=ImageBind.Config(**clip(224, 14, image, text, 1024, NORM), **senses),
         feed=Feed(image=ImagePlan(size=224), text=TextPlan(vocab=49408, length=77, pad="zero"), video=VideoPlan(frames=2),
                   audio=AudioPlan(train_seconds=2.0)),
         stages=(Stage(name="audio", objective=ImageBind.bind, embed=ImageBind.embed, trainable=("audio.*",),
