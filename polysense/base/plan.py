@@ -186,7 +186,7 @@ class CropFeed(Feed):
 @dataclass(frozen=True, kw_only=True)
 class Optim(Spec):
     """The optimiser and its schedule. `lr` is for the stage's own batch size."""
-    name: str = "adamw"                                 # adamw, adam, sgd, nesterov, lars, lamb
+    name: str = "adamw"                                 # adamw, adam, sgd, nesterov, lars, lamb, paged_adamw, adafactor
     lr: float
     weight_decay: float = 0.0                           # never on biases, norms, and parameters of fewer than two dimensions
     betas: tuple[float, float] = (0.9, 0.999)

@@ -11,7 +11,7 @@ from polysense.base.depth import layers, undecayed
 from polysense.base.errors import UserError
 from polysense.base.plan import AdaptiveClip, LookAhead, Optim, SteadyRates
 
-NAMES = ("adamw", "adam", "sgd", "nesterov", "lars", "lamb", "paged_adamw")
+NAMES = ("adamw", "adam", "sgd", "nesterov", "lars", "lamb", "paged_adamw", "adafactor")
 Tensors = list[Tensor] | tuple[Tensor, ...]
 
 
@@ -62,6 +62,10 @@ def make_optimizer(system: nn.Module, optim: Optim, chosen: Callable[[str], bool
             from polysense.train.paged import PagedAdamW
 
             return PagedAdamW(parts, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+        case "adafactor":
+            from polysense.train.adafactor import Adafactor
+
+            return Adafactor(parts, lr=optim.lr, betas=optim.betas)
         case "lamb":
             return LAMB(parts, lr=optim.lr, betas=optim.betas, eps=optim.eps)
     raise UserError(f"no optimiser {optim.name!r}", f"the optimisers are {', '.join(NAMES)}")

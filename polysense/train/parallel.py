@@ -186,6 +186,15 @@ def whole_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if _is_shard(tensor) else tensor
 
 
+def alike(value: Tensor, other: Tensor) -> Tensor:
+    """A tensor that every rank holds whole, for arithmetic with `other`, which may be sharded."""
+    if not _is_shard(other):
+        return value
+    from torch.distributed.tensor import DTensor, Replicate
+
+    return DTensor.from_local(value, other.device_mesh, [Replicate()] * other.device_mesh.ndim, run_check=False)
+
+
 def total_norm(tensors: list[Tensor]) -> Tensor:
     """Euclidean norm of all tensors together, shards of other ranks included. [] on the device of the first."""
     sharded = [t.to_local() for t in tensors if _is_shard(t)]

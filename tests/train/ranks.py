@@ -20,6 +20,7 @@ WAYS = {
     "sharded": ("fsdp", stage_of(objective=Toy.compare_all, clip=0.5, ema=0.9)),
     "sharded_cached": ("fsdp", stage_of(objective=Toy.compare_all, chunk=2, checkpoint_activations=True)),
     "sharded_lamb": ("fsdp", stage_of(objective=Toy.compare_all).but(**{"optim.name": "lamb"})),
+    "sharded_adafactor": ("fsdp", stage_of(objective=Toy.compare_all).but(**{"optim.name": "adafactor"})),
     "sharded_lars": ("fsdp", stage_of(objective=Toy.compare_all).but(**{"optim.name": "lars"})),
 }
 

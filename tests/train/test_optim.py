@@ -1,4 +1,5 @@
 """Parameter groups, layer-wise decay and the optimisers of our own, against naive twins."""
+from copy import deepcopy
 from itertools import pairwise
 
 import pytest
@@ -8,6 +9,7 @@ from train.toys import toy
 
 from polysense.base.errors import UserError
 from polysense.base.plan import Optim
+from polysense.train.adafactor import Adafactor
 from polysense.train.optim import LAMB, LARS, groups, layers, make_optimizer
 
 VIT = ["log_scale", "vision.cls", "vision.position", "vision.patch.weight", "vision.norm_pre.weight", "vision.body.blocks.0.attn.q.weight",
@@ -92,7 +94,49 @@ def test_our_optimisers_equal_their_naive_twins(kind):
             torch.testing.assert_close(p.detach(), twin)
 
 
-@pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "lars", "lamb"])
+def naive_adafactor(w, g, state, lr, one, cap, decay, least):
+    """The published rule entry by entry, first moments apart from their rounding."""
+    t = state["t"] = state.get("t", 0) + 1
+    keep = min(cap, 1 - t ** -0.8)
+    squared = g * g + 1e-30
+    if w.ndim == 2 and min(w.shape) >= least:
+        state["r"] = keep * state.get("r", 0) + (1 - keep) * squared.mean(1)
+        state["c"] = keep * state.get("c", 0) + (1 - keep) * squared.mean(0)
+        second = torch.outer(state["r"], state["c"]) / state["r"].mean()
+    else:
+        second = state["v"] = keep * state.get("v", 0) + (1 - keep) * squared
+    state["m"] = (one * state.get("m", torch.zeros_like(g)).float() + (1 - one) * g / second.sqrt()).bfloat16()
+    return w - lr * (state["m"].float() + decay * w)
+
+
+def test_adafactor_keeps_rows_and_columns_of_what_is_large():
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.randn(s)) for s in ((6, 9), (9, 6), (6, 3), (7,), ())]
+    twins, states = [p.detach().clone() for p in params], [{} for _ in params]
+    optimizer = Adafactor([{"params": params, "weight_decay": 0.1}], lr=0.02, betas=(0.8, 0.5), least=5)
+    for _ in range(6):
+        for i, p in enumerate(params):
+            p.grad = torch.randn_like(p)
+            twins[i] = naive_adafactor(twins[i], p.grad, states[i], 0.02, 0.8, 0.5, 0.1, 5)
+        optimizer.step()
+        for p, twin in zip(params, twins):
+            torch.testing.assert_close(p.detach(), twin, rtol=1e-3, atol=1e-4)       # a number may round to its neighbour in bfloat16
+    assert [sorted(optimizer.state[p]) for p in params] == [["columns", "exp_avg", "rows", "step"]] * 2 + [["exp_avg", "exp_avg_sq", "step"]] * 3
+    twin = Adafactor([{"params": [nn.Parameter(p.detach().clone()) for p in params], "weight_decay": 0.1}], lr=0.02, betas=(0.8, 0.5), least=5)
+    twin.load_state_dict(deepcopy(optimizer.state_dict()))
+    for p, q in zip(params, twin.param_groups[0]["params"], strict=True):
+        p.grad, q.grad = (g := torch.randn_like(p)), g.clone()
+    optimizer.step(), twin.step()
+    for p, q in zip(params, twin.param_groups[0]["params"], strict=True):
+        assert torch.equal(p, q) and torch.equal(optimizer.state[p]["exp_avg"], twin.state[q]["exp_avg"]), "it goes on as it was kept"
+    kernel = nn.Parameter(torch.randn(3, 40, 2, 50))                                 # the two longest axes, wherever they are
+    kernel.grad = torch.randn_like(kernel)
+    large = Adafactor([kernel], lr=0.1)
+    large.step()
+    assert large.state[kernel]["rows"].shape == (3, 40, 2, 1) and large.state[kernel]["columns"].shape == (3, 1, 2, 50)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "lars", "lamb", "adafactor"])
 def test_every_optimiser_goes_down(name):
     layer = nn.Linear(4, 1)
     optimizer = make_optimizer(layer, Optim(lr=0.3 if name == "lars" else 0.05, name=name))
