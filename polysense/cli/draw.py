@@ -22,8 +22,8 @@ def generate(text: Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...
              seed: Annotated[int, typer.Option(metavar="N", min=0, help="Another seed draws other pictures.")] = 0,
              hint: Annotated[list[str] | None, typer.Option(metavar="FILE", help="A map to follow (edges, depth, segments); one, or one for each "
                                                             "text. A system that follows several kinds of map takes one of each kind.")] = None,
-             extract: Annotated[str, typer.Option(metavar="MAP", help="The --hint files are photographs: take this map from them, canny (outlines) "
-                                                  "or lines (straight ones).")] = "",
+             extract: Annotated[str, typer.Option(metavar="MAP", help="The --hint files are photographs: take this map from them, canny "
+                                                  "(outlines), lines (straight ones) or scribble (strokes of a pen).")] = "",
              strength: Annotated[list[float] | None, typer.Option(metavar="X", help="How much the --hint counts: 1 as learned, 0 not at all, less "
                                                                   "leaves more to the words. Where a system follows several kinds of map, give it "
                                                                   "once, or once for each kind.")] = None,

@@ -1,7 +1,7 @@
 """Maps that a picture can be drawn along, taken from a photograph (Zhang et al. 2023, ControlNet, section 4).
 
-All pictures are float [N,3,H,W] in [0,1]. Outlines and straight lines are computed here. Segments and depth come from whoever sees them (`segment`,
-data with `depth`), as pictures of maps.
+All pictures are float [N,3,H,W] in [0,1]. Outlines, straight lines and strokes are computed here. Segments and depth come from whoever sees them
+(`segment`, data with `depth`), as pictures of maps.
 """
 from collections.abc import Callable
 
@@ -32,7 +32,17 @@ def lines(image: Tensor) -> Tensor:
     return torch.stack([_drawn(e[0] > 0.5) for e in edges(image)])[:, None].expand(-1, 3, -1, -1)
 
 
-EXTRACTORS: dict[str, Callable[[Tensor], Tensor]] = {"canny": canny, "lines": lines}
+def scribble(image: Tensor, least: float = 16 / 255) -> Tensor:
+    """White strokes on black [N,3,H,W], as thick as a pen's: where a picture is darker in every channel than its neighbourhood, by `least`
+    (Winnemöller, Kyprianidis & Olsen 2012, XDoG, as ControlNet's release has it: widths of 0.5 and 5 in a picture of 512)."""
+    from kornia.filters import gaussian_blur2d
+
+    wide = max(1.0, 5 * min(image.shape[-2:]) / 512)
+    near, far = (gaussian_blur2d(image, (2 * (n := max(1, round(3 * s))) + 1, 2 * n + 1), (s, s), "replicate") for s in (0.5, wide))
+    return ((far - near).amin(1, keepdim=True) > least).to(image.dtype).expand(-1, 3, -1, -1)
+
+
+EXTRACTORS: dict[str, Callable[[Tensor], Tensor]] = {"canny": canny, "lines": lines, "scribble": scribble}
 
 
 def extracted(name: str, image: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ def generate(pipeline: Any, texts: Sequence[str] = (), count: int = 1, *, steps:
 
     steps: of the sampler, where the system has one. guidance: how much the words count, where the system can weigh them. seed: equal seeds
     draw equal pictures on one machine. hints: pictures of a map to follow, one, or one for each text (a system that follows several kinds of map
-    takes one of each kind, in their order, where others take one); with `extract` ("canny", "lines") photographs from which that map is taken.
+    takes one of each kind, in their order, where others take one); with `extract` (canny, lines, scribble) photographs from which that map is taken.
     strength: how much the map counts, 1 as learned, 0 not at all; one number, or one for each kind. guess: the map says what to draw, texts can be
     left out. weighting: coarse features of the map count more than fine ones. Both leave the side of guidance without words alone. sampler:
     another one than the preset's. UserError where the system cannot draw in this way.

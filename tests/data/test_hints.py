@@ -32,7 +32,20 @@ def test_lines_are_the_straight_outlines_alone(image):
     assert not extracted("lines", torch.zeros(2, 3, 16, 16)).any(), "an empty picture has none"
 
 
+def test_strokes_are_where_it_is_darker_than_around():
+    side = 96
+    paper = torch.full((1, 3, side, side), 0.9)
+    paper[..., 30:33, 10:80] = 0.1                                       # a pen's stroke
+    paper[..., 60:, :] = 0.4                                             # a step: strokes on its dark side only
+    red = paper.clone()
+    red[:, 0] = 0.9                                                      # not darker in every channel
+    got = extracted("scribble", paper)
+    assert got.shape == paper.shape and set(got.unique().tolist()) == {0.0, 1.0}
+    assert got[..., 30:33, 12:78].all() and not got[..., 40:58, :].any() and not got[..., 5:25, :].any() and not got[..., 75:, :].any()
+    assert got[..., 60, 20:70].all() and not got[..., 57, :].any() and not extracted("scribble", red).any()
+
+
 def test_another_map_is_refused(image):
-    with pytest.raises(UserError, match="canny, lines"):
+    with pytest.raises(UserError, match="canny, lines, scribble"):
         extracted("depth", image)
-    assert set(EXTRACTORS) == {"canny", "lines"}
+    assert set(EXTRACTORS) == {"canny", "lines", "scribble"}
