@@ -34,7 +34,7 @@ def norm(width: int, eps: float) -> LayerNorm:
 
 
 class Pool(Part):
-    """A 3x3x3 convolution of every channel of a head by itself, which all heads share, and a norm (Li et al. 2022, MViTv2, section 3)."""
+    """A 3x3x3 convolution of every channel of a head by itself, which all heads share, and a norm (Fan et al. 2021, MViT, section 3.1)."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Spec):
@@ -54,8 +54,9 @@ class Pool(Part):
 
 
 class PooledAttention(Part):
-    """Attention whose queries, keys and values are pooled first: q_i . (k_j + row[y_i - y_j] + column[x_i - x_j] + time[t_i - t_j]); the pooled
-    queries are added to what comes out (equations 3, 4 and 6). The class token has no place, and nothing is added to it."""
+    """Attention whose queries, keys and values are pooled first, with scores q_i . k_j / sqrt(H) + q_i . (row[y_i - y_j] + column[x_i - x_j] +
+    time[t_i - t_j]); the pooled queries are added to what comes out (Li et al. 2022, MViTv2, section 4.1). The class token has no place, and
+    nothing is added to it."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Spec):
