@@ -380,8 +380,8 @@ def views(model: Any, data: str) -> list[Row]:
 
 KINDS: dict[str, Callable[[Any, str], list[Row]]] = {
     "beit": hidden_codes, "cae": hidden_codes, "maskfeat": edges_named, "videomae": clip_again, "mae_st": clip_again, "controlnet": steered,
-    "textual_inversion": new_word, "imagebind": heard, "clip_frame_aggregation": clips_searched, "vlmo": searched,
-    "vl_beit": searched, "beit_3": searched}
+    "textual_inversion": new_word, "imagebind": heard, "clip_frame_aggregation": clips_searched, "vlmo": neighbours,
+    "vl_beit": neighbours, "beit_3": neighbours}
 BY_CAPABILITY: dict[str, Callable[[Any, str], list[Row]]] = {
     "render_view": views, "detect": boxed, "segment": outlined, "attend": looks, "generate_image": drawn, "reconstruct": again,
     "sample_image": drawn, "generate_text": told, "encode_text": searched, "classify": classified, "encode_image": neighbours}
