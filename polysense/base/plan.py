@@ -58,7 +58,8 @@ class AugmentOnlyPlan(AugmentPlan):
 @dataclass(frozen=True, kw_only=True)
 class TextPlan(Spec):
     """Which tokeniser, and how long a text may be (start and end tokens included)."""
-    kind: str = "bpe"                                   # "bpe": CLIP's lower-cased bytes; "wordpiece": BERT's; "llama", "t5", "roberta": read only
+    kind: str = "bpe"                                   # "bpe": CLIP's lower-cased bytes; "wordpiece": BERT's; and published ones that are only
+                                                        # read: "llama", "t5", "roberta", "marian"
     vocab: int                                          # upper bound; a tokeniser trained on few captions may stay below it
     length: int
     pad: str = "end"                                    # "end": pad with the end token (transformers); "zero": with 0 (OpenAI)

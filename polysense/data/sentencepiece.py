@@ -1,12 +1,14 @@
-"""SentencePiece vocabularies (Kudo and Richardson 2018) as `tokenizers` engines: the one file that BEiT-3, XLM-R and T5 were published with."""
+"""SentencePiece vocabularies (Kudo and Richardson 2018) as `tokenizers` engines: the files that BEiT-3, XLM-R, T5 and Marian were published with."""
 from __future__ import annotations
 
+import json
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenizers import Regex, decoders, models, normalizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers
 from tokenizers import Tokenizer as Engine
 
 from polysense.base.errors import UserError
@@ -15,6 +17,9 @@ NAMES = ("*.spm", "sentencepiece.bpe.model", "spiece.model", "*.model")
 NORMAL, UNKNOWN, CONTROL, ADDED, UNUSED, BYTE = range(1, 7)
 UNIGRAM = 1
 MARK = "▁"                                   # stands for a space
+LAST = 10.0                                  # how much less likely a letter is that no piece holds
+FOREIGN = "\ue000"                           # before pieces that are written, never read: a character of no language
+LANGUAGE = re.compile(r">>.+<<")              # which one to translate into
 
 
 @dataclass(frozen=True)
@@ -112,3 +117,27 @@ def t5(path: Path, extra: int = 100) -> Engine:
     if names != ["<pad>", "</s>", "<unk>"]:
         raise UserError(f"{path} begins with {' '.join(names)}", "a vocabulary of T5 begins with <pad> </s> <unk>")
     return engine_of(found, [*((p, s) for p, s, _ in found.pieces), *((f"<extra_id_{i}>", 0.0) for i in reversed(range(extra)))], 2)
+
+
+def marian(folder: Path) -> Engine:
+    """Marian's: ids are those of `vocab.json`, texts are cut by the pieces of `source.spm`, and what only the other language has is written alone. Its
+    letters are the exception: one that the first language lacks is read as what it is, as in transformers."""
+    source, table = folder / "source.spm", folder / "vocab.json"
+    if not source.is_file() or not table.is_file():
+        raise UserError(f"no marian vocabulary in {folder}", "it should hold tokenizer.json, or source.spm with vocab.json")
+    found = read_pieces(source)
+    try:
+        vocab: dict[str, int] = json.loads(table.read_text(encoding="utf-8"))
+        names = sorted(vocab, key=vocab.__getitem__)
+        unknown = vocab["<unk>"]
+        assert [vocab[n] for n in names] == list(range(len(names)))
+    except (ValueError, KeyError, AttributeError, AssertionError, TypeError) as error:
+        raise UserError(f"{table} is not a vocabulary", "it should give every piece its number, <unk> among them") from error
+    score = {p: s for p, s, kind in found.pieces if kind not in (UNKNOWN, CONTROL, UNUSED)}
+    least = min(score.values())
+    plain = {n for n in names if n in score or len(n) == 1 or n in ("</s>", "<unk>", "<pad>") or LANGUAGE.fullmatch(n)}
+    engine = engine_of(found, [(n if n in plain else FOREIGN + n, score.get(n, least - LAST)) for n in names], unknown)
+    engine.normalizer = normalizers.Sequence([normalizers.Replace(FOREIGN, ""), engine.normalizer])
+    engine.decoder = decoders.Sequence([decoders.Replace(FOREIGN, ""), decoders.Metaspace(MARK, "always")])
+    engine.add_special_tokens([AddedToken(n, normalized=False) for n in names if LANGUAGE.fullmatch(n)])
+    return engine

@@ -25,8 +25,8 @@ from polysense.base.plan import TextPlan
 
 BPE_SPECIALS = ("<|pad|>", "<|startoftext|>", "<|endoftext|>", "<|unknown|>")
 WORDPIECE_SPECIALS = ("[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]")
-PUBLISHED = {"llama": ("<s>", "</s>", None, None), "t5": ("<pad>", "</s>", "<pad>", "<unk>"),
-             "roberta": ("<s>", "</s>", "<pad>", "<unk>")}                                            # kinds only read: start, end, padding, unknown
+PUBLISHED = {"llama": ("<s>", "</s>", None, None), "t5": ("<pad>", "</s>", "<pad>", "<unk>"), "roberta": ("<s>", "</s>", "<pad>", "<unk>"),
+             "marian": ("<pad>", "</s>", "<pad>", "<unk>")}                                          # kinds only read: start, end, padding, unknown
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"        # CLIP's pattern: letters, single digits, runs of the rest
 ENTITY = re.compile(r"&(?:#\d+|#[xX][0-9a-fA-F]+|\w+);")
 
@@ -60,7 +60,8 @@ class Tokenizer:
         # WordPiece masks padding by its own token whatever the plan says: BERT towers find it by that id.
         self.pad = self._must(pad_token) if pad_token else self.end if plan.pad == "end" else 0
         self._special = {self.start, self.end, self.pad} if plan.kind != "bpe" or plan.pad == "end" else {self.start, self.end}
-        engine.post_processor = processors.TemplateProcessing(single=f"{start} $A {end}", special_tokens=[(start, self.start), (end, self.end)])
+        begun = "" if plan.kind == "marian" else f"{start} "          # its sentences have no start; its decoder begins with padding
+        engine.post_processor = processors.TemplateProcessing(single=f"{begun}$A {end}", special_tokens=[(start, self.start), (end, self.end)])
         engine.enable_truncation(plan.length)
         self.new: dict[int, list[int]] = {}                 # id of a new word in the engine -> its ids behind the preset's vocabulary
         at = plan.vocab
@@ -135,7 +136,7 @@ class Tokenizer:
 
     def token(self, id: int) -> str:
         """The token of an id as the vocabulary writes it."""
-        return self.engine.id_to_token(id) or ""
+        return (self.engine.id_to_token(id) or "").removeprefix("\ue000")
 
     def save(self, folder: str | Path) -> None:
         """Writes `tokenizer.json` (the layout of the tokenizers library, which transformers also reads)."""
@@ -311,13 +312,15 @@ def _clip(vocab: dict[str, int], merges: list[Any], plan: TextPlan) -> Tokenizer
 
 
 def _published(folder: Path, plan: TextPlan) -> Tokenizer:
-    """LLaMA's, T5's or RoBERTa's own, as `tokenizer.json` has it: case and spaces are kept; letters unknown to LLaMA are written as bytes, RoBERTa
-    writes nothing but bytes. A text of T5 has no start: padding stands there, which its decoder begins with. Without that file the SentencePiece
-    model that T5 or a multilingual RoBERTa (XLM-R, BEiT-3) was published with."""
+    """LLaMA's, T5's, RoBERTa's or Marian's own, as `tokenizer.json` has it: case and spaces are kept; letters unknown to LLaMA are written as bytes,
+    RoBERTa writes nothing but bytes. A text of T5 has no start: padding stands there, which its decoder begins with. Without that file the
+    SentencePiece models that T5, Marian or a multilingual RoBERTa (XLM-R, BEiT-3) were published with."""
     path = folder / "tokenizer.json"
     if not path.is_file():
-        from polysense.data.sentencepiece import find, t5, xlm_roberta
+        from polysense.data.sentencepiece import find, marian, t5, xlm_roberta
 
+        if plan.kind == "marian":
+            return Tokenizer(marian(folder), plan, *PUBLISHED[plan.kind])
         pieces, read = find(folder), {"t5": t5, "roberta": xlm_roberta}.get(plan.kind)
         if pieces is not None and read is not None:
             return Tokenizer(read(pieces), plan, *PUBLISHED[plan.kind])

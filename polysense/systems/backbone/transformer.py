@@ -11,6 +11,7 @@ penalised by 0.6. Pairs of texts come as `question` and `answer`.
 """
 from dataclasses import dataclass, field
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -47,9 +48,14 @@ class Seq2SeqTransformer(System):
 
     def losses(self, batch: Batch) -> Losses:
         """Every word of `answer`, given those before it and `question`."""
-        seen, text = self.language(batch["question"]), batch["answer"]
+        seen, text = self.language(batch["question"]), self.begun(batch["answer"])
         hidden = self.language.decode(text, seen.tokens, seen.mask)
         return Losses(language=next_token(self.language.logits(hidden), labels_of(text, text != self.language.pad), self.smoothing))
+
+    def begun(self, text: Tensor) -> Tensor:
+        """text [B,L] with what the decoder begins with before it, where the tokenizer writes no start (Marian's)."""
+        start = self.language.begin
+        return text if bool((text[:, 0] == start).all()) else torch.cat([text.new_full((len(text), 1), start), text], 1)
 
     def encode_text(self, text: Tensor) -> Tensor:
         """text [B,L] ids -> [B,D], unit norm: the mean of the encoder's states."""
@@ -104,4 +110,4 @@ def marian() -> Preset:
     plan = net(58_101, 512, 512, 6, 8, 2048, 0.1)
     encoder, decoder = halves(512, 6, 8, 2048, 0.1, "silu")
     language = plan.language.but(order="halves", start=58_100, pad=58_100, correct=WordBias.Config(vocab=58_101), encoder=encoder, decoder=decoder)
-    return paper().but(config=plan.but(language=language, end=0), **{"feed.text.vocab": 58_101, "feed.text.length": 512})
+    return paper().but(config=plan.but(language=language, end=0), **{"feed.text.kind": "marian", "feed.text.vocab": 58_101, "feed.text.length": 512})
