@@ -120,8 +120,8 @@ def t5(path: Path, extra: int = 100) -> Engine:
 
 
 def marian(folder: Path) -> Engine:
-    """Marian's: ids are those of `vocab.json`, texts are cut by the pieces of `source.spm`, and what only the other language has is written alone. Its
-    letters are the exception: one that the first language lacks is read as what it is, as in transformers."""
+    """Marian's: ids are those of `vocab.json`, texts are cut by the pieces of `source.spm`, and what only the other language has is written alone.
+    Its letters are the exception: one that the first language lacks is read as what it is, as in transformers."""
     source, table = folder / "source.spm", folder / "vocab.json"
     if not source.is_file() or not table.is_file():
         raise UserError(f"no marian vocabulary in {folder}", "it should hold tokenizer.json, or source.spm with vocab.json")
