@@ -28,7 +28,7 @@ from polysense.tasks.result import Result, Units, holm, paired
 __all__ = ["Budget", "Comparison", "compare"]
 
 CHOSEN = ("zero_shot", "retrieval", "linear_probe")
-FORM = 2                                             # of that file: what an older one lacks is worked out again
+FORM = 3                                             # of that file: what an older one lacks is worked out again
 KEPT = "compared.json"                               # in a run's folder: its exams with their units, and its learning curve
 Say = Callable[[str], object]
 

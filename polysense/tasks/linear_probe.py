@@ -18,7 +18,8 @@ SWEEP = tuple(10.0 ** e for e in range(-2, 7))
 
 def run(subject: Any, test: Any, train: Any, *, sweep: Sequence[float] = SWEEP, validation: float = 0.2, seed: int = 0,
         tokens: str = "pooled", batch_size: int = 64, progress: Progress | None = None) -> Result:
-    """`sweep`: values of C tried, rising until two in a row are worse; two more, half a step to either side of the best, follow.
+    """`sweep`: values of C tried, rising until two in a row are worse by more than a standard error; two more, half a step to either side of the
+    best, follow.
 
     `validation`: share of the training data. `tokens`: which features, see `encode.reader`."""
     look = reader(subject.system, tokens) if tokens != "pooled" else None
@@ -56,8 +57,9 @@ def choose(x: Tensor, y: np.ndarray, classes: int, sweep: Sequence[float] = SWEE
 
     for c in sorted(sweep):
         score(float(c))
-        if len(tried) > 3 and max(list(tried.values())[-2:]) < max(tried.values()):
-            break                            # two weaker penalties in a row were worse: weaker ones are slow to fit and overfit more
+        top = max(tried.values())
+        if len(tried) > 3 and max(list(tried.values())[-2:]) < top - (top * (1 - top) / kept.sum()) ** 0.5:
+            break                            # two weaker penalties in a row were worse, by more than the draw: those behind overfit more
     for c in (best() * 10 ** -0.5, best() * 10 ** 0.5):
         score(c)
     return best(), tried

@@ -245,6 +245,24 @@ def test_logistic_regression_finds_the_optimum_of_scikit_learn():
         np.testing.assert_allclose(bias, theirs.intercept_ - theirs.intercept_.mean(), atol=1e-3)
 
 
+def test_strengths_at_chance_are_passed_and_those_behind_the_best_are_not_tried(monkeypatch):
+    """Features that hardly differ: at strong penalties the commonest class is all that is said, and the draw makes one of them worse than another."""
+    from polysense.tasks import linear_probe
+
+    n, classes = 500, 25
+    y, right = np.arange(n) % classes, dict(zip((10.0 ** e for e in range(-2, 9)), (0.04, 0.05, 0.02, 0.04, 0.1, 0.3, 0.4, 0.2, 0.18, 0.9, 0.9)))
+    kept = held_out(y, 0.2, 0)
+
+    def scripted(x, labels, classes, c, start=None, **options):
+        share = right.get(c, 0.35)           # half a step from the best: a little less
+        said = torch.from_numpy(np.where(np.cumsum(kept) <= share * kept.sum(), y, (y + 1) % classes))
+        return F.one_hot(said, classes).double().T, torch.zeros(classes, dtype=torch.double)
+
+    monkeypatch.setattr(linear_probe, "logistic", scripted)
+    best, tried = choose(torch.eye(n), y, classes, tuple(right))
+    assert best == 1e4 and max(tried) == 1e6, "two worse by far end the sweep, two worse by a draw do not"
+
+
 def test_the_sweep_starts_warm_and_ends_at_the_same_optimum():
     x, y = planted(noise=0.6).labelled()
     cold = logistic(x, y, 7, 10.0)
