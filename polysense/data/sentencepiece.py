@@ -12,13 +12,13 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers
 from tokenizers import Tokenizer as Engine
 
 from polysense.base.errors import UserError
+from polysense.data.tokenizer import FOREIGN
 
 NAMES = ("*.spm", "sentencepiece.bpe.model", "spiece.model", "*.model")
 NORMAL, UNKNOWN, CONTROL, ADDED, UNUSED, BYTE = range(1, 7)
 UNIGRAM = 1
 MARK = "▁"                                   # stands for a space
 LAST = 10.0                                  # how much less likely a letter is that no piece holds
-FOREIGN = "\ue000"                           # before pieces that are written, never read: a character of no language
 LANGUAGE = re.compile(r">>.+<<")              # which one to translate into
 
 

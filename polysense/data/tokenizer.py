@@ -26,7 +26,8 @@ from polysense.base.plan import TextPlan
 BPE_SPECIALS = ("<|pad|>", "<|startoftext|>", "<|endoftext|>", "<|unknown|>")
 WORDPIECE_SPECIALS = ("[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]")
 PUBLISHED = {"llama": ("<s>", "</s>", None, None), "t5": ("<pad>", "</s>", "<pad>", "<unk>"), "roberta": ("<s>", "</s>", "<pad>", "<unk>"),
-             "marian": ("<pad>", "</s>", "<pad>", "<unk>")}                                          # kinds only read: start, end, padding, unknown
+             "marian": ("", "</s>", "<pad>", "<unk>")}       # kinds only read: start ("": none is written), end, padding, unknown
+FOREIGN = "\ue000"                            # before pieces that are written, never read: a character of no language
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"        # CLIP's pattern: letters, single digits, runs of the rest
 ENTITY = re.compile(r"&(?:#\d+|#[xX][0-9a-fA-F]+|\w+);")
 
@@ -55,13 +56,13 @@ class Tokenizer:
         self.engine, self.plan, self.vocab = engine, plan, engine.get_vocab_size(with_added_tokens=False)
         if self.vocab > plan.vocab:
             raise UserError(f"the tokenizer has {self.vocab} tokens, the preset takes {plan.vocab}", f"set feed.text.vocab={self.vocab}")
-        self.start, self.end = self._must(start), self._must(end)
+        self.start, self.end = self._must(start or pad_token or end), self._must(end)
         self.unknown = None if unknown is None else engine.token_to_id(unknown)
         # WordPiece masks padding by its own token whatever the plan says: BERT towers find it by that id.
         self.pad = self._must(pad_token) if pad_token else self.end if plan.pad == "end" else 0
         self._special = {self.start, self.end, self.pad} if plan.kind != "bpe" or plan.pad == "end" else {self.start, self.end}
-        begun = "" if plan.kind == "marian" else f"{start} "          # its sentences have no start; its decoder begins with padding
-        engine.post_processor = processors.TemplateProcessing(single=f"{begun}$A {end}", special_tokens=[(start, self.start), (end, self.end)])
+        engine.post_processor = processors.TemplateProcessing(single=f"{start} $A {end}".strip(), special_tokens=[
+            (token, id) for token, id in ((start, self.start), (end, self.end)) if token])
         engine.enable_truncation(plan.length)
         self.new: dict[int, list[int]] = {}                 # id of a new word in the engine -> its ids behind the preset's vocabulary
         at = plan.vocab
@@ -136,7 +137,7 @@ class Tokenizer:
 
     def token(self, id: int) -> str:
         """The token of an id as the vocabulary writes it."""
-        return (self.engine.id_to_token(id) or "").removeprefix("\ue000")
+        return (self.engine.id_to_token(id) or "").removeprefix(FOREIGN)
 
     def save(self, folder: str | Path) -> None:
         """Writes `tokenizer.json` (the layout of the tokenizers library, which transformers also reads)."""

@@ -13,6 +13,15 @@ def check_image(image: Tensor, channels: int) -> None:
         raise UserError(f"the image has {image.shape[1]} channels", f"this tower reads {channels}")
 
 
+def check_video(video: Tensor, channels: int, frames: int, size: int) -> None:
+    """Raises UserError unless video is float [B,frames,channels,size,size]."""
+    if video.ndim != 5 or not video.is_floating_point() or video.shape[2] != channels:
+        raise UserError(f"a video tensor of shape {list(video.shape)} and type {video.dtype}", f"this tower reads float [B,F,{channels},H,W]")
+    if tuple(video.shape[1:2] + video.shape[3:]) != (frames, size, size):
+        raise UserError(f"clips of {video.shape[1]} frames of {video.shape[3]}x{video.shape[4]} pixels",
+                        f"this tower reads {frames} frames of {size}x{size}")
+
+
 def check_text(text: Tensor, length: int, vocab: int) -> None:
     """Raises UserError unless text is int [B,L] with L <= length and, where looking costs no wait for a device, ids in [0, vocab)."""
     if text.ndim != 2 or text.dtype not in (torch.int64, torch.int32):

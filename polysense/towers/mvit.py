@@ -11,6 +11,7 @@ from polysense.base.errors import UserError
 from polysense.base.spec import Spec
 from polysense.base.system import Part
 from polysense.nn.attention import attend, lowered
+from polysense.nn.check import check_video
 from polysense.nn.drop import drop_path
 from polysense.nn.mlp import MLP
 from polysense.nn.norm import LayerNorm
@@ -195,12 +196,7 @@ class MViT(Tower):
 
     def grid_of(self, video: Tensor) -> Grid:
         """video [B,F,C,H,W] -> the last grid (t, h, w). Raises UserError for clips of another size than this tower reads."""
-        channels, size = self.patch.in_channels, self.image_size
-        if video.ndim != 5 or not video.is_floating_point() or video.shape[2] != channels:
-            raise UserError(f"a video tensor of shape {list(video.shape)} and type {video.dtype}", f"this tower reads float [B,F,{channels},H,W]")
-        if tuple(video.shape[1:2] + video.shape[3:]) != (self.frames, size, size):
-            raise UserError(f"clips of {video.shape[1]} frames of {video.shape[3]}x{video.shape[4]} pixels",
-                            f"this tower reads {self.frames} frames of {size}x{size}")
+        check_video(video, self.patch.in_channels, self.frames, self.image_size)
         return self.grid
 
     def embed(self, video: Tensor, fill: Fill | None = None) -> Tensor:

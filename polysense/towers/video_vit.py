@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from polysense.base.errors import UserError
 from polysense.base.spec import Spec
+from polysense.nn.check import check_video
 from polysense.nn.masking import take
 from polysense.nn.patch import patchify
 from polysense.nn.position import SeparablePositions, sincos_pairs
@@ -50,12 +51,7 @@ class VideoViT(Tower):
 
     def grid_of(self, video: Tensor) -> tuple[int, int, int]:
         """video [B,F,C,H,W] -> the grid of cubes (t, h, w). Raises UserError for clips of another size than this tower reads."""
-        channels, size = self.patch.in_channels, self.image_size
-        if video.ndim != 5 or not video.is_floating_point() or video.shape[2] != channels:
-            raise UserError(f"a video tensor of shape {list(video.shape)} and type {video.dtype}", f"this tower reads float [B,F,{channels},H,W]")
-        if tuple(video.shape[1:2] + video.shape[3:]) != (self.frames, size, size):
-            raise UserError(f"clips of {video.shape[1]} frames of {video.shape[3]}x{video.shape[4]} pixels",
-                            f"this tower reads {self.frames} frames of {size}x{size}")
+        check_video(video, self.patch.in_channels, self.frames, self.image_size)
         return self.grid
 
     def places(self) -> Tensor:

@@ -119,13 +119,11 @@ def test_marian_translates_strings_from_its_published_folder(opus, tmp_path):
     assert said == [pipeline.tokenizer.decode(row) for row in new[:, 1:]] and any(said)
     answer = pipeline.tokenizer(["a cat", "two words"])
     assert pipeline.system.begun(answer)[:, 0].tolist() == [config.pad_token_id] * 2
-    loss = pipeline.system.losses({"question": ids, "answer": answer})["language"]
     label = answer.masked_fill(answer == config.pad_token_id, -100)
     pipeline.system.smoothing = 0.0
     got = pipeline.system.losses({"question": ids, "answer": answer})["language"]
     want = model(ids, attention_mask=ids != config.pad_token_id, labels=label).loss
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-    assert float(loss.detach()) > 0
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"a": 3}', '{"<unk>": 5}'])
